@@ -1,0 +1,6 @@
+"""The static twin of mask_rcnn_lasnet_r101.py: same weights, data and steps, no maskers."""
+
+_base_ = "./mask_rcnn_lasnet_r101.py"
+
+model = dict(backbone=dict(mode="static"))
+custom_hooks = [dict(type="las_mm.IterationSeedHook")]

@@ -1,0 +1,15 @@
+"""Hooks for mmengine's runner. Importing this module registers them."""
+
+from las_mm.hooks.budget import BudgetHook
+from las_mm.hooks.checkpoint import AtomicCheckpointHook
+from las_mm.hooks.latency import PredictedLatencyHook
+from las_mm.hooks.seed import IterationSeedHook
+from las_mm.hooks.temperature import TemperatureHook
+
+__all__ = [
+    "AtomicCheckpointHook",
+    "BudgetHook",
+    "IterationSeedHook",
+    "PredictedLatencyHook",
+    "TemperatureHook",
+]

@@ -1,0 +1,79 @@
+"""Adds the budget loss and the activation rates to the losses of whatever model is trained."""
+
+from __future__ import annotations
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+
+from las_mm.losses import BudgetLoss
+from las_mm.models.activation import collect_activations, find_dynamic_backbone
+from las_mm.models.flops import flops_report
+from las_mm.registry import HOOKS, MODELS
+
+
+@HOOKS.register_module()
+class BudgetHook(Hook):
+    """Adds ``loss_budget`` to the losses dict that a model's loss-mode forward returns.
+
+    A forward hook on the model does it, so the model's class is untouched, and the term is part
+    of the wrapped forward: DDP sees it, autocast and gradient accumulation treat it like any
+    other loss. Also logged: ``flops_ratio``, ``activation_rate``,
+    ``activation_rate_stage1`` ... (keys without "loss" are not summed).
+
+    Args:
+        loss: Config of a budget loss, or the loss. Defaults to
+            ``dict(type='las_mm.BudgetLoss', target=0.5)``.
+
+    Raises:
+        ValueError: The model has no dynamic backbone.
+
+    Example:
+        >>> custom_hooks = [
+        ...     dict(type='las_mm.BudgetHook', loss=dict(type='las_mm.BudgetLoss', target=0.4))]
+    """
+
+    # After ParamScheduler etc., before LoggerHook; only before_train matters.
+    priority = "NORMAL"
+
+    def __init__(self, loss: dict | BudgetLoss | None = None) -> None:
+        loss = dict(type="las_mm.BudgetLoss", target=0.5) if loss is None else loss
+        self.loss: BudgetLoss = MODELS.build(loss) if isinstance(loss, dict) else loss
+        self._progress = 0.0
+        self._handle = None
+
+    def before_train(self, runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        find_dynamic_backbone(model)
+        self.remove()
+        self._handle = model.register_forward_hook(self._add_losses, with_kwargs=True)
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        self._progress = runner.iter / runner.max_iters
+
+    def after_train(self, runner) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Detach from the model."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _add_losses(self, model: nn.Module, args: tuple, kwargs: dict, losses):
+        if not isinstance(losses, dict) or not model.training:
+            return losses  # predict and tensor mode
+        return {**losses, **self.budget_losses(model)}
+
+    def budget_losses(self, model: nn.Module) -> dict[str, Tensor]:
+        """``loss_budget`` and the rates, from the model's last forward pass, over all ranks."""
+        activation = collect_activations(model).reduce_mean()
+        report = flops_report(activation)
+        losses = {
+            "loss_budget": self.loss(activation, self._progress, report),
+            "flops_ratio": report.ratio.detach(),
+            "activation_rate": activation.mean_rate.detach(),
+        }
+        for stage, rate in activation.stage_rates().items():
+            losses[f"activation_rate_stage{stage}"] = rate.detach()
+        return losses

@@ -1,0 +1,130 @@
+"""Logs the latency that the analytical model predicts for what the network really skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+
+from las_mm.latency import LatencyTable, load_device
+from las_mm.models.activation import (
+    NetworkActivation,
+    collect_activations,
+    find_dynamic_backbone,
+)
+from las_mm.registry import HOOKS
+from las_mm.summary import DatasetSummary
+
+
+@HOOKS.register_module()
+class PredictedLatencyHook(Hook):
+    """Logs predicted milliseconds per image of the backbone, the static network's, and the ratio.
+
+    The prediction is of stem and stages at the batch's true input size, with the true dilated
+    rate for conv1, on the device of the analytical model (LAUDNet, arXiv 2308.15949, section 4).
+    In training the keys ``latency_ms``, ``static_latency_ms`` and ``latency_ratio`` go to the
+    message hub and so to terminal, JSON log and TensorBoard; in validation and test the means
+    over the data set do, together with ``flops_ratio`` and the activation rates, and a table per
+    stage is printed.
+
+    Args:
+        device: A shipped device (``v100``, ``rtx3090``, ``rtx3060``, ``tx2``, ``nano``) or the
+            path of a device file. Defaults to ``'v100'``.
+        batch_size: Images per batch that the prediction assumes. Defaults to the device's.
+        interval: Training iterations between two predictions. Defaults to 10.
+
+    Raises:
+        ValueError: Unknown device, or ``batch_size`` or ``interval`` that is no positive integer.
+
+    Example:
+        >>> custom_hooks = [dict(type='las_mm.PredictedLatencyHook', device='tx2', batch_size=1)]
+    """
+
+    priority = "NORMAL"
+
+    def __init__(
+        self, device: str | Path = "v100", batch_size: int | None = None, interval: int = 10
+    ) -> None:
+        for name, value in dict(batch_size=batch_size, interval=interval).items():
+            valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if not valid and not (name == "batch_size" and value is None):
+                raise ValueError(
+                    f"{name} of PredictedLatencyHook must be a positive integer, got {value!r}"
+                )
+        self.device = load_device(device)
+        self.batch_size = batch_size
+        self.interval = interval
+        self._tables: dict[object, LatencyTable] = {}
+        self._summary = DatasetSummary()
+
+    def table(self, activation: NetworkActivation) -> LatencyTable:
+        """The tabulated predictor for this network at this input size, built once each."""
+        if activation.shape not in self._tables:
+            self._tables[activation.shape] = LatencyTable(
+                self.device, activation.shape, batch_size=self.batch_size
+            )
+        return self._tables[activation.shape]
+
+    def predict(self, activation: NetworkActivation):
+        """Predicted seconds per image at the recorded rates."""
+        # One transfer; straight-through arithmetic may leave a rate a rounding error above 1.
+        rates, dilated = (
+            torch.stack([activation.rates, activation.rates_dilated])
+            .detach()
+            .clamp(0, 1)
+            .cpu()
+            .double()
+            .numpy()
+        )
+        return self.table(activation).predict(rates, dilated)
+
+    @staticmethod
+    def _model(runner):
+        return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+    def before_run(self, runner) -> None:
+        find_dynamic_backbone(self._model(runner))  # fail before any work
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        # Also predict where the logger prints, so that no line shows an old value only.
+        if not (self.every_n_train_iters(runner, self.interval) or runner.iter == 0):
+            return
+        prediction = self.predict(collect_activations(self._model(runner)).detach())
+        for key, value in dict(
+            latency_ms=1e3 * prediction.total_s,
+            static_latency_ms=1e3 * prediction.static_s,
+            latency_ratio=prediction.ratio,
+        ).items():
+            runner.message_hub.update_scalar(f"train/{key}", value)
+
+    def before_val_epoch(self, runner) -> None:
+        self._summary = DatasetSummary()
+
+    before_test_epoch = before_val_epoch
+
+    def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        activation = collect_activations(self._model(runner)).detach()
+        table = self.table(activation)
+        self._summary.add(
+            activation,
+            self.predict(activation),
+            table.static_block_s,
+            table.stem_s,
+            images=len(outputs) if outputs is not None else 1,
+        )
+
+    after_test_iter = after_val_iter
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        self._publish(runner, "val")
+
+    def after_test_epoch(self, runner, metrics=None) -> None:
+        self._publish(runner, "test")
+
+    def _publish(self, runner, mode: str) -> None:
+        self._summary.reduce()
+        for key, value in self._summary.metrics().items():
+            runner.message_hub.update_scalar(f"{mode}/{key}", value)
+        runner.logger.info("\n" + self._summary.table(self.device.name))

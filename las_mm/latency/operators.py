@@ -1,0 +1,424 @@
+"""The cost of one operator on one device, as a :class:`Report`.
+
+Implements the analytical model of docs/LATENCY_MODEL.md (the simulator of LAUDNet, arXiv
+2308.15949): an operator's output is split into tiles, and its latency is
+``launch + min over tilings of (compute + memory)``. All times are seconds for the whole batch,
+all sizes are counts of FP32 values.
+"""
+
+from __future__ import annotations
+
+import numbers
+
+from .device import Device
+from .report import Report
+from .tiling import PatchCost, search_conv, search_dynamic_conv, search_map_op, search_scatter_add
+
+__all__ = [
+    "PatchCost",
+    "Report",
+    "dynamic_conv",
+    "dynamic_conv_cost",
+    "elementwise_add",
+    "layer_masker",
+    "masker_conv1",
+    "masker_conv1_costs",
+    "max_pool",
+    "scatter_add",
+    "scatter_add_cost",
+    "static_conv",
+]
+_MASKER_OUTPUTS = 2  # logits "keep" and "skip"
+
+
+def static_conv(
+    device: Device,
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    h_out: int,
+    w_out: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    batch_size: int | None = None,
+    name: str = "conv",
+) -> Report:
+    """A dense convolution to a ``c_out`` x ``h_out`` x ``w_out`` map.
+
+    ``dilation`` (our extension) widens a tile's input window by ``(kernel - 1) * dilation``.
+
+    Raises:
+        ValueError: A size is not a positive integer, or ``groups`` does not divide the channels.
+    """
+    _check(
+        name,
+        c_in=c_in,
+        c_out=c_out,
+        kernel=kernel,
+        h_out=h_out,
+        w_out=w_out,
+        stride=stride,
+        groups=groups,
+        dilation=dilation,
+        batch_size=_batch(device, batch_size),
+    )
+    _check_groups(name, c_in, c_out, groups)
+    times = search_conv(
+        device,
+        c_in,
+        c_out,
+        kernel,
+        h_out,
+        w_out,
+        stride,
+        groups,
+        dilation,
+        _batch(device, batch_size),
+        True,
+    )
+    return Report(name, *times, device.launch_s)
+
+
+def layer_masker(
+    device: Device,
+    c_in: int,
+    c_out: int,
+    h_out: int,
+    w_out: int,
+    *,
+    stride: int = 1,
+    batch_size: int | None = None,
+    name: str = "masker",
+) -> Report:
+    """The masker of a layer-skipping block: conv1 with one more output, at zero output density.
+
+    Only the input is read, and the weights where a batch shares them. ``c_out``, ``h_out`` and
+    ``w_out`` are conv1's.
+
+    Raises:
+        ValueError: A size is not a positive integer.
+    """
+    _check(
+        name,
+        c_in=c_in,
+        c_out=c_out,
+        h_out=h_out,
+        w_out=w_out,
+        stride=stride,
+        batch_size=_batch(device, batch_size),
+    )
+    times = search_conv(
+        device, c_in, c_out + 1, 1, h_out, w_out, stride, 1, 1, _batch(device, batch_size), False
+    )
+    return Report(name, *times, device.launch_s)
+
+
+def elementwise_add(
+    device: Device,
+    channels: int,
+    h: int,
+    w: int,
+    *,
+    batch_size: int | None = None,
+    name: str = "add",
+) -> Report:
+    """Addition of two ``channels`` x ``h`` x ``w`` maps.
+
+    Raises:
+        ValueError: A size is not a positive integer.
+    """
+    _check(name, channels=channels, h=h, w=w, batch_size=_batch(device, batch_size))
+    return Report(
+        name,
+        *search_map_op(device, channels, h, w, 1, 0, 1, _batch(device, batch_size)),
+        device.launch_s,
+    )
+
+
+def max_pool(
+    device: Device,
+    channels: int,
+    kernel: int,
+    h_out: int,
+    w_out: int,
+    *,
+    stride: int = 1,
+    batch_size: int | None = None,
+    name: str = "pool",
+) -> Report:
+    """Max or average pooling to a ``channels`` x ``h_out`` x ``w_out`` map.
+
+    Not in the published model; our extension of its element-wise add: ``kernel**2`` operations
+    per output value, and per tile the exact input window and the output through device memory.
+
+    Raises:
+        ValueError: A size is not a positive integer.
+    """
+    _check(
+        name,
+        channels=channels,
+        kernel=kernel,
+        h_out=h_out,
+        w_out=w_out,
+        stride=stride,
+        batch_size=_batch(device, batch_size),
+    )
+    times = search_map_op(
+        device, channels, h_out, w_out, kernel * kernel, kernel, stride, _batch(device, batch_size)
+    )
+    return Report(name, *times, device.launch_s)
+
+
+def dynamic_conv(
+    device: Device,
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    h_out: int,
+    w_out: int,
+    *,
+    granularity: int,
+    n_patches: int,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    gathered: bool = False,
+    batch_size: int | None = None,
+    name: str = "conv",
+) -> Report:
+    """A convolution on ``n_patches`` patches of ``granularity`` x ``granularity`` outputs.
+
+    Args:
+        device: The device.
+        c_in: Input channels.
+        c_out: Output channels.
+        kernel: Kernel size.
+        h_out: Rows of the whole output map; with ``w_out`` it gives the patch positions.
+        w_out: Columns of the whole output map.
+        granularity: Side S of a patch, in outputs.
+        n_patches: Active patches per image, 0 to ``ceil(h_out/S) * ceil(w_out/S)``.
+        stride: Stride.
+        groups: Groups.
+        dilation: Dilation (our extension, as in :func:`static_conv`).
+        gathered: Whether the input is already gathered; otherwise the gather is fused and the
+            whole input map is charged.
+        batch_size: Images per batch. Defaults to the device's.
+        name: Name of the report.
+
+    Raises:
+        ValueError: A size is not a positive integer, ``groups`` does not divide the channels, or
+            ``n_patches`` is out of range.
+    """
+    return dynamic_conv_cost(
+        device,
+        c_in,
+        c_out,
+        kernel,
+        h_out,
+        w_out,
+        granularity=granularity,
+        stride=stride,
+        groups=groups,
+        dilation=dilation,
+        gathered=gathered,
+        batch_size=batch_size,
+        name=name,
+    ).report(n_patches)
+
+
+def dynamic_conv_cost(
+    device: Device,
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    h_out: int,
+    w_out: int,
+    *,
+    granularity: int,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    gathered: bool = False,
+    batch_size: int | None = None,
+    name: str = "conv",
+) -> PatchCost:
+    """:func:`dynamic_conv` as a function of the number of patches."""
+    _check(
+        name,
+        c_in=c_in,
+        c_out=c_out,
+        kernel=kernel,
+        h_out=h_out,
+        w_out=w_out,
+        stride=stride,
+        granularity=granularity,
+        groups=groups,
+        dilation=dilation,
+        batch_size=_batch(device, batch_size),
+    )
+    _check_groups(name, c_in, c_out, groups)
+    return search_dynamic_conv(
+        device,
+        c_in,
+        c_out,
+        kernel,
+        h_out,
+        w_out,
+        granularity,
+        stride,
+        groups,
+        dilation,
+        gathered,
+        _batch(device, batch_size),
+        name,
+    )
+
+
+def masker_conv1(
+    device: Device,
+    c_in: int,
+    c_out: int,
+    h_out: int,
+    w_out: int,
+    *,
+    granularity: int,
+    n_patches: int,
+    stride: int = 1,
+    batch_size: int | None = None,
+    name: str = "masker_conv1",
+) -> Report:
+    """The masker fused with a 1x1 conv1, in the cheaper of two ways.
+
+    Either one dense convolution with one more output, or a dense masker followed by conv1 on
+    ``n_patches`` patches of its output.
+
+    Raises:
+        ValueError: As :func:`dynamic_conv`.
+    """
+    fused, masker, conv1 = masker_conv1_costs(
+        device,
+        c_in,
+        c_out,
+        h_out,
+        w_out,
+        stride=stride,
+        granularity=granularity,
+        batch_size=batch_size,
+    )
+    apart = Report.group(name, [masker, conv1.report(n_patches)])
+    if fused.latency_s <= apart.latency_s:
+        return Report.group(name, [fused])
+    return apart
+
+
+def masker_conv1_costs(
+    device: Device,
+    c_in: int,
+    c_out: int,
+    h_out: int,
+    w_out: int,
+    *,
+    granularity: int,
+    stride: int = 1,
+    batch_size: int | None = None,
+) -> tuple[Report, Report, PatchCost]:
+    """Both ways of :func:`masker_conv1`: the fused dense conv; the masker and the dynamic conv1."""
+    fused = static_conv(
+        device,
+        c_in,
+        c_out + 1,
+        1,
+        h_out,
+        w_out,
+        stride=stride,
+        batch_size=batch_size,
+        name="dense_fused",
+    )
+    masker = static_conv(
+        device,
+        c_in,
+        _MASKER_OUTPUTS,
+        1,
+        h_out,
+        w_out,
+        stride=stride,
+        batch_size=batch_size,
+        name="masker",
+    )
+    conv1 = dynamic_conv_cost(
+        device,
+        c_in,
+        c_out,
+        1,
+        h_out,
+        w_out,
+        granularity=granularity,
+        stride=stride,
+        batch_size=batch_size,
+        name="conv1",
+    )
+    return fused, masker, conv1
+
+
+def scatter_add(
+    device: Device,
+    channels: int,
+    h: int,
+    w: int,
+    *,
+    granularity: int,
+    n_patches: int,
+    batch_size: int | None = None,
+    name: str = "scatter_add",
+) -> Report:
+    """Addition of ``n_patches`` patches into a ``channels`` x ``h`` x ``w`` residual.
+
+    Raises:
+        ValueError: A size is not a positive integer, or ``n_patches`` is out of range.
+    """
+    return scatter_add_cost(
+        device, channels, h, w, granularity=granularity, batch_size=batch_size, name=name
+    ).report(n_patches)
+
+
+def scatter_add_cost(
+    device: Device,
+    channels: int,
+    h: int,
+    w: int,
+    *,
+    granularity: int,
+    batch_size: int | None = None,
+    name: str = "scatter_add",
+) -> PatchCost:
+    """:func:`scatter_add` as a function of the number of patches."""
+    _check(
+        name,
+        channels=channels,
+        h=h,
+        w=w,
+        granularity=granularity,
+        batch_size=_batch(device, batch_size),
+    )
+    return search_scatter_add(device, channels, h, w, granularity, _batch(device, batch_size), name)
+
+
+def _batch(device: Device, batch_size: int | None) -> int:
+    return device.batch_size if batch_size is None else batch_size
+
+
+def _check(name: str, **sizes: int) -> None:
+    """Raise ValueError for a size that is not a positive integer."""
+    for key, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+
+
+def _check_groups(name: str, c_in: int, c_out: int, groups: int) -> None:
+    if c_in % groups or c_out % groups:
+        raise ValueError(
+            f"{name}: groups must divide the channels, got groups={groups}, "
+            f"c_in={c_in}, c_out={c_out}"
+        )

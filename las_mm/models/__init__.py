@@ -1,0 +1,28 @@
+"""Backbones and their parts. Importing this module registers the models."""
+
+from las_mm.dependencies import require
+
+require("mmcv", "las_mm.models")
+require("mmpretrain", "las_mm.models (LASResNet extends mmpretrain's ResNet)")
+
+from las_mm.models.activation import (  # noqa: E402
+    Activation,
+    NetworkActivation,
+    collect_activations,
+    find_dynamic_backbone,
+)
+from las_mm.models.bottleneck import DynamicBottleneck  # noqa: E402
+from las_mm.models.flops import flops_report  # noqa: E402
+from las_mm.models.maskers import SpatialMasker  # noqa: E402
+from las_mm.models.resnet import LASResNet  # noqa: E402
+
+__all__ = [
+    "Activation",
+    "DynamicBottleneck",
+    "LASResNet",
+    "NetworkActivation",
+    "SpatialMasker",
+    "collect_activations",
+    "find_dynamic_backbone",
+    "flops_report",
+]

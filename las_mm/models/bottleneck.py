@@ -1,0 +1,86 @@
+"""One residual block that computes only where its masker says so."""
+
+from __future__ import annotations
+
+import torch
+from mmpretrain.models.backbones.resnet import Bottleneck
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from las_mm.models.activation import Activation
+from las_mm.models.maskers import SpatialMasker, dilate_mask, expand_mask
+
+MODES = ("static", "spatial", "layer")
+
+
+class DynamicBottleneck(Bottleneck):
+    """mmpretrain's ``Bottleneck`` with a masker; equation 1 of LASNet (arXiv 2210.06223).
+
+    What changes against the parent: positions that the masker drops take the value of the
+    shortcut. The parameters of the convolutions and norms keep their names, so static checkpoints
+    load. ``forward`` returns only the features; what was skipped is left in :attr:`activation`.
+
+    Args:
+        mode: ``'static'`` (the parent, no masker), ``'spatial'`` (one decision per patch and
+            image) or ``'layer'`` (one decision per image).
+        granularity: Side S of a patch in output pixels; read in spatial mode only.
+        kwargs: Arguments of the parent.
+    """
+
+    def __init__(self, *args, mode: str = "spatial", granularity: int = 1, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.mode = mode
+        self.granularity = granularity
+        self.masker = None if mode == "static" else SpatialMasker(self.in_channels)
+        self.activation: Activation | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        mask = None
+        if self.masker is None:
+            self.activation = Activation.full(x)
+        else:
+            # Outside the checkpointed part: noise is drawn once and the activation has its graph.
+            mask = self._decide(x)
+        if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._compute, x, mask, use_reentrant=False)
+        return self._compute(x, mask)
+
+    def _decide(self, x: Tensor) -> Tensor:
+        """Run the masker, leave the activation, return the mask broadcastable to the output."""
+        conv1_hw = tuple(-(-n // self.conv1_stride) for n in x.shape[-2:])
+        out_hw = tuple(-(-n // self.stride) for n in x.shape[-2:])
+        if self.mode == "layer":
+            mask = self.masker(x, None)
+            rate = rate_dilated = mask.mean()
+            coarse = mask
+        else:
+            coarse = self.masker(x, self.granularity * self.stride)
+            mask = expand_mask(coarse, self.granularity, out_hw)
+            rate = mask.mean()
+            rate_dilated = dilate_mask(mask, conv1_hw, self.conv2_stride, self.dilation).mean()
+        self.activation = Activation(
+            rate=rate,
+            rate_dilated=rate_dilated,
+            rate_channel=torch.ones_like(rate),
+            mask=coarse.detach(),
+        )
+        return mask
+
+    def _compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        out = self.relu(self.norm1(self.conv1(x)))
+        out = self.relu(self.norm2(self.conv2(out)))
+        out = self.drop_path(self.norm3(self.conv3(out)))
+        identity = x if self.downsample is None else self.downsample(x)
+        if mask is None:
+            out = out + identity
+        else:
+            # One pass for "times mask, plus identity".
+            out = torch.addcmul(identity, out, mask.to(out.dtype))
+        return self.relu(out)
+
+    def extra_repr(self) -> str:
+        patch = f", S={self.granularity}" if self.mode == "spatial" else ""
+        return f"mode={self.mode}{patch}"

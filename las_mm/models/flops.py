@@ -1,0 +1,145 @@
+"""Multiply-accumulate counts of dynamic networks, static parts and the parts a mask scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape, PoolShape
+from las_mm.models.activation import NetworkActivation
+
+COUNTINGS = ("exact", "released")
+
+
+def stem_macs(layer: ConvShape | PoolShape) -> int:
+    """Multiply-accumulates of one stem layer for one image; a pool counts k*k per output value."""
+    if isinstance(layer, ConvShape):
+        taps = layer.c_in // layer.groups * layer.kernel**2
+        return layer.c_out * layer.h_out * layer.w_out * taps
+    return layer.channels * layer.h_out * layer.w_out * layer.kernel**2
+
+
+def masker_macs(block: BlockShape, counting: str = "exact") -> int:
+    """Multiply-accumulates of a block's masker for one image.
+
+    Args:
+        block: The block; a static block has no masker.
+        counting: ``'exact'``: every input value is added once while pooling (none for patches of
+            one input pixel), then 2*C per patch. ``'released'``: what the authors' code counts,
+            4*C per patch.
+    """
+    if block.mode == "static":
+        return 0
+    if counting == "released":
+        return 4 * block.c_in * block.n_patches
+    pools = block.mode == "layer" or block.granularity * block.stride > 1
+    pooling = block.c_in * block.h_in * block.w_in if pools else 0
+    return pooling + 2 * block.c_in * block.n_patches
+
+
+@dataclass(frozen=True)
+class MacCounts:
+    """Multiply-accumulates per image of a network; arrays are float64, one value per block.
+
+    Attributes:
+        stem: Everything before the first block.
+        conv1, conv2, conv3: The bottleneck's convolutions when everything is computed.
+        downsample: The shortcut's convolution, always dense.
+        masker: The masker's own cost.
+    """
+
+    stem: int
+    conv1: np.ndarray
+    conv2: np.ndarray
+    conv3: np.ndarray
+    downsample: np.ndarray
+    masker: np.ndarray
+
+    @property
+    def static_blocks(self) -> np.ndarray:
+        """What the same blocks cost without maskers and with everything computed."""
+        return self.conv1 + self.conv2 + self.conv3 + self.downsample
+
+
+def block_macs(block: BlockShape) -> tuple[int, int, int, int]:
+    """(conv1, conv2, conv3, downsample) multiply-accumulates of a static block for one image."""
+    h_conv1, w_conv1 = -(-block.h_in // block.conv1_stride), -(-block.w_in // block.conv1_stride)
+    outputs = block.h_out * block.w_out
+    return (
+        block.c_in * block.width * h_conv1 * w_conv1,
+        block.width * block.width // block.groups * 9 * outputs,
+        block.width * block.c_out * outputs,
+        block.c_in * block.c_out * outputs if block.downsample else 0,
+    )
+
+
+@lru_cache(maxsize=256)
+def count_macs(shape: NetworkShape, counting: str = "exact") -> MacCounts:
+    """Count a network once per input size.
+
+    Args:
+        shape: The network at one input size.
+        counting: See :func:`masker_macs`.
+
+    Raises:
+        ValueError: Unknown ``counting``.
+    """
+    if counting not in COUNTINGS:
+        raise ValueError(f"counting must be one of {', '.join(COUNTINGS)}, got {counting!r}")
+    parts = np.array([block_macs(block) for block in shape.blocks], dtype=np.float64).T
+    masker = np.array([masker_macs(block, counting) for block in shape.blocks], dtype=np.float64)
+    return MacCounts(sum(stem_macs(layer) for layer in shape.stem), *parts, masker=masker)
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """Dynamic against static multiply-accumulates per image, differentiable in the rates.
+
+    Attributes:
+        dynamic: Of the whole network, stem included, shape ().
+        static: Of the same network with every block static, shape ().
+        block_ratios: Dynamic over static per block, shape (n_blocks,).
+    """
+
+    dynamic: Tensor
+    static: Tensor
+    block_ratios: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        """F_dyn / F_static, shape ()."""
+        return self.dynamic / self.static
+
+
+def flops_report(activation: NetworkActivation, counting: str = "exact") -> FlopsReport:
+    """Multiply-accumulates that the recorded rates amount to; LASNet section 3.4.
+
+    Per block: conv1 * r_dilated * rho + conv2 * r * rho^2 + conv3 * r * rho + masker + downsample,
+    with r the spatial and rho the channel rate.
+
+    Args:
+        activation: Rates of a forward pass.
+        counting: ``'exact'`` divides by the network without maskers; ``'released'`` counts like
+            the authors' code, maskers included in the static count of each block.
+    """
+    counts = count_macs(activation.shape, counting)
+    table = np.stack([counts.conv1, counts.conv2, counts.conv3, counts.masker + counts.downsample])
+    conv1, conv2, conv3, fixed = torch.as_tensor(
+        table, dtype=torch.float64, device=activation.rates.device
+    )
+    # Counts beyond 2^24 are not exact in float32.
+    rate, channel = activation.rates.double(), activation.rates_channel.double()
+    blocks = conv1 * activation.rates_dilated.double() * channel
+    blocks = blocks + conv2 * rate * channel**2 + conv3 * rate * channel + fixed
+    static_blocks = blocks.new_tensor(counts.static_blocks)
+    if counting == "released":
+        static_blocks = static_blocks + blocks.new_tensor(counts.masker)
+    return FlopsReport(
+        dynamic=blocks.sum() + counts.stem,
+        static=static_blocks.sum() + counts.stem,
+        block_ratios=blocks / static_blocks,
+    )

@@ -1,0 +1,265 @@
+"""LASNet's ResNet: mmpretrain's ResNet with dynamic bottlenecks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmpretrain.models.backbones import ResNet
+from mmpretrain.models.backbones.resnet import ResLayer
+from torch import Tensor
+
+from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape, PoolShape
+from las_mm.models.activation import NetworkActivation
+from las_mm.models.bottleneck import MODES, DynamicBottleneck
+from las_mm.models.maskers import SpatialMasker
+from las_mm.registry import MODELS
+
+
+def _per_stage(name: str, value: object, num_stages: int) -> list:
+    """One value for all stages, or a list with one per stage."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != num_stages:
+            raise ValueError(
+                f"{name} needs one value or {num_stages} (one per stage), got {list(value)}"
+            )
+        return list(value)
+    return [value] * num_stages
+
+
+def _positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _per_block(granularity: object, stage_blocks: Sequence[int]) -> list[list[int]]:
+    """Granularity as [stage][block] from one value, one per stage, one per block or nested."""
+    count = sum(stage_blocks)
+    if isinstance(granularity, (list, tuple)) and len(granularity) == count != len(stage_blocks):
+        values = iter(granularity)
+        granularity = [[next(values) for _ in range(n)] for n in stage_blocks]
+    nested = []
+    for stage, (value, n) in enumerate(
+        zip(_per_stage("granularity", granularity, len(stage_blocks)), stage_blocks), start=1
+    ):
+        blocks = list(value) if isinstance(value, (list, tuple)) else [value] * n
+        if len(blocks) != n:
+            raise ValueError(
+                f"granularity of stage {stage} needs {n} values (one per block), got {blocks}"
+            )
+        for entry in blocks:
+            if not _positive_int(entry):
+                raise ValueError(
+                    f"granularity must be positive integers (the side S of a patch in output "
+                    f"pixels), got {entry!r} in stage {stage}; an example is (4, 4, 2, 1)"
+                )
+        nested.append(blocks)
+    return nested
+
+
+@MODELS.register_module()
+class LASResNet(ResNet):
+    """ResNet whose blocks decide per image which patches, or whether at all, to compute.
+
+    LASNet (arXiv 2210.06223). What changes against mmpretrain's ``ResNet``: bottlenecks are
+    :class:`~las_mm.models.bottleneck.DynamicBottleneck`; a static checkpoint (torchvision naming)
+    loads, its maskers then start mostly on. Use it in any mm project as
+    ``backbone=dict(type='las_mm.LASResNet', depth=101, out_indices=(0, 1, 2, 3))``.
+
+    Args:
+        depth: 50, 101 or 152.
+        mode: ``'static'``, ``'spatial'`` or ``'layer'``, for all stages or one per stage.
+            Defaults to ``'spatial'``.
+        granularity: Side S of a patch in output pixels, read by spatial blocks: one value, one
+            per stage, one per block (flat), or per stage a list of one per block.
+            Defaults to ``(4, 4, 2, 1)``.
+        freeze_maskers: Whether ``frozen_stages`` freezes the maskers of these stages too. Set it
+            to ``False`` to train the maskers of frozen, statically pretrained stages.
+            Defaults to ``True``.
+        kwargs: Arguments of the parent: ``out_indices``, ``frozen_stages``, ``norm_eval``,
+            ``with_cp``, ``style``, ``deep_stem``, ``avg_down``, ``base_channels``, ...
+
+    Raises:
+        ValueError: Wrong depth, mode or granularity; the message names the value.
+
+    Example:
+        >>> import torch
+        >>> from las_mm.models import LASResNet, collect_activations
+        >>> backbone = LASResNet(50, granularity=(4, 4, 2, 1), out_indices=(0, 1, 2, 3))
+        >>> outs = backbone(torch.rand(1, 3, 64, 96))
+        >>> [tuple(out.shape) for out in outs]
+        [(1, 256, 16, 24), (1, 512, 8, 12), (1, 1024, 4, 6), (1, 2048, 2, 3)]
+        >>> collect_activations(backbone).rates.shape
+        torch.Size([16])
+    """
+
+    arch_settings = {
+        depth: (DynamicBottleneck, blocks)
+        for depth, (_, blocks) in ResNet.arch_settings.items()
+        if depth >= 50  # shallower ResNets have no bottleneck
+    }
+
+    def __init__(
+        self,
+        depth: int,
+        mode: str | Sequence[str] = "spatial",
+        granularity: int | Sequence = (4, 4, 2, 1),
+        freeze_maskers: bool = True,
+        **kwargs,
+    ) -> None:
+        if depth not in self.arch_settings:
+            known = ", ".join(map(str, self.arch_settings))
+            raise ValueError(f"depth of LASResNet must be one of {known}, got {depth!r}")
+        num_stages = kwargs.get("num_stages", 4)
+        stage_blocks = self.arch_settings[depth][1][:num_stages]
+        self.modes = _per_stage("mode", mode, num_stages)
+        for stage, value in enumerate(self.modes, start=1):
+            if value not in MODES:
+                raise ValueError(
+                    f"mode of stage {stage} must be one of {', '.join(MODES)}, got {value!r}"
+                )
+        if isinstance(granularity, (list, tuple)) and len(granularity) == 4 > num_stages:
+            granularity = granularity[:num_stages]  # the default serves shorter networks too
+        self.granularity = _per_block(granularity, stage_blocks)
+        self.freeze_maskers = freeze_maskers
+        self._input_hw: tuple[int, int] | None = None
+        self._shapes: dict[tuple[int, int], NetworkShape] = {}
+        super().__init__(depth, **kwargs)
+
+    def make_res_layer(self, **kwargs) -> ResLayer:
+        """The parent's stage builder, with this stage's mode and each block's granularity."""
+        stage = len(self.res_layers)
+        layer = ResLayer(mode=self.modes[stage], **kwargs)
+        for block, granularity in zip(layer, self.granularity[stage]):
+            block.granularity = granularity
+        return layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(N, 3, H, W) -> the feature maps of ``out_indices``; any H and W."""
+        self._input_hw = (x.shape[-2], x.shape[-1])
+        return super().forward(x)
+
+    def blocks(self) -> list[DynamicBottleneck]:
+        """All blocks in network order."""
+        return [block for name in self.res_layers for block in getattr(self, name)]
+
+    def maskers(self) -> list[SpatialMasker]:
+        """All maskers in network order."""
+        return [block.masker for block in self.blocks() if block.masker is not None]
+
+    def network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
+        """Every operator's shape for an input of ``input_hw`` (height, width)."""
+        input_hw = tuple(input_hw)
+        if input_hw not in self._shapes:
+            self._shapes[input_hw] = _network_shape(self, input_hw)
+        return self._shapes[input_hw]
+
+    def network_activation(self) -> NetworkActivation:
+        """What the blocks did in the last forward pass.
+
+        Raises:
+            RuntimeError: No forward pass yet.
+        """
+        if self._input_hw is None:
+            raise RuntimeError(
+                "LASResNet has no activations before its first forward pass; run it on an input"
+            )
+        activations = [block.activation for block in self.blocks()]
+        return NetworkActivation(
+            shape=self.network_shape(self._input_hw),
+            rates=torch.stack([a.rate for a in activations]),
+            rates_dilated=torch.stack([a.rate_dilated for a in activations]),
+            rates_channel=torch.stack([a.rate_channel for a in activations]),
+            masks=tuple(a.mask for a in activations),
+        )
+
+    def init_weights(self) -> None:
+        """The parent's initialisation, which must not touch the maskers' "mostly on"."""
+        pretrained = isinstance(self.init_cfg, dict) and self.init_cfg["type"] == "Pretrained"
+        super().init_weights()
+        if not pretrained:
+            for masker in self.maskers():
+                masker.reset_parameters()
+
+    def train(self, mode: bool = True) -> LASResNet:
+        """The parent's, but returning the module like every other ``nn.Module``."""
+        super().train(mode)
+        return self
+
+    def _freeze_stages(self) -> None:
+        super()._freeze_stages()
+        if self.freeze_maskers:
+            return
+        for name in self.res_layers[: max(self.frozen_stages, 0)]:
+            for block in getattr(self, name):
+                if block.masker is not None:
+                    block.masker.requires_grad_(True).train(self.training)
+
+    def extra_repr(self) -> str:
+        stages = []
+        for mode, values in zip(self.modes, self.granularity):
+            if mode != "spatial":
+                stages.append(mode)
+            elif len(set(values)) == 1:
+                stages.append(f"spatial S={values[0]}")
+            else:
+                stages.append("spatial S=" + "-".join(map(str, values)))
+        return f"depth={self.depth}, stages=[{'; '.join(stages)}]"
+
+
+def _network_shape(backbone: LASResNet, input_hw: tuple[int, int]) -> NetworkShape:
+    def half(hw: tuple[int, int]) -> tuple[int, int]:
+        return -(-hw[0] // 2), -(-hw[1] // 2)
+
+    hw = half(input_hw)
+    if backbone.deep_stem:
+        convs = [module.conv for module in backbone.stem]
+    else:
+        convs = [backbone.conv1]
+    stem: list[ConvShape | PoolShape] = [
+        ConvShape(
+            name=f"stem.conv{i}",
+            c_in=conv.in_channels,
+            c_out=conv.out_channels,
+            kernel=conv.kernel_size[0],
+            stride=conv.stride[0],
+            groups=conv.groups,
+            h_out=hw[0],
+            w_out=hw[1],
+        )
+        for i, conv in enumerate(convs, start=1)
+    ]
+    hw = half(hw)
+    channels = convs[-1].out_channels
+    stem.append(
+        PoolShape(
+            name="stem.maxpool", channels=channels, kernel=3, stride=2, h_out=hw[0], w_out=hw[1]
+        )
+    )
+    blocks = []
+    for stage, name in enumerate(backbone.res_layers, start=1):
+        for i, block in enumerate(getattr(backbone, name)):
+            shape = BlockShape(
+                name=f"{name}.{i}",
+                stage=stage,
+                mode=block.mode,
+                granularity=block.granularity if block.mode == "spatial" else 0,
+                c_in=block.in_channels,
+                width=block.mid_channels,
+                c_out=block.out_channels,
+                h_in=hw[0],
+                w_in=hw[1],
+                stride=block.stride,
+                conv1_stride=block.conv1_stride,
+                groups=block.conv2.groups,
+                dilation=block.dilation,
+                downsample=block.downsample is not None,
+                downsample_pool=backbone.avg_down and block.stride != 1,
+            )
+            blocks.append(shape)
+            hw = (shape.h_out, shape.w_out)
+    return NetworkShape(
+        name=f"LASResNet-{backbone.depth}",
+        input_hw=input_hw,
+        stem=tuple(stem),
+        blocks=tuple(blocks),
+    )

@@ -1,0 +1,147 @@
+"""What a dynamic network did over a data set, stage by stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from mmengine import dist
+from rich.console import Console
+from rich.table import Table
+
+from las_mm.latency import Prediction
+from las_mm.models.activation import NetworkActivation
+from las_mm.models.flops import count_macs, flops_report
+
+
+def _block_label(mode: str, granularity: int) -> str:
+    return f"spatial S={granularity}" if mode == "spatial" else mode
+
+
+@dataclass
+class StageTotals:
+    """Sums over images of one stage: weights of the means printed at the end."""
+
+    label: str = ""
+    n_blocks: int = 0
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(6))
+
+
+class DatasetSummary:
+    """Accumulates rates, FLOPs and predicted latency per stage over many forward passes.
+
+    Ratios are ratios of sums over all images, so images of different size count by their cost.
+    """
+
+    COLUMNS = ("rate", "rate_dilated", "macs", "static_macs", "seconds", "static_seconds")
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.stages: dict[str, StageTotals] = {}
+
+    def add(
+        self,
+        activation: NetworkActivation,
+        prediction: Prediction,
+        static_block_s: np.ndarray,
+        stem_s: float,
+        images: int,
+    ) -> None:
+        """Add one forward pass.
+
+        Args:
+            activation: Its rates (means over its images).
+            prediction: Predicted seconds per image at these rates.
+            static_block_s: (n_blocks,) seconds per image of the static blocks.
+            stem_s: Seconds per image of the stem.
+            images: Images in the batch.
+        """
+        counts = count_macs(activation.shape)
+        report = flops_report(activation.detach())
+        block_macs = report.block_ratios.cpu().numpy() * counts.static_blocks
+        rates = activation.rates.detach().cpu().numpy()
+        dilated = activation.rates_dilated.detach().cpu().numpy()
+        stem = [1.0, 1.0, counts.stem, counts.stem, stem_s, stem_s]
+        self._add("stem", "static", 1, np.array(stem), images)
+        for stage in sorted({block.stage for block in activation.shape.blocks}):
+            index = [i for i, block in enumerate(activation.shape.blocks) if block.stage == stage]
+            blocks = [activation.shape.blocks[i] for i in index]
+            labels = dict.fromkeys(_block_label(b.mode, b.granularity) for b in blocks)
+            sums = [
+                rates[index].mean(),
+                dilated[index].mean(),
+                block_macs[index].sum(),
+                counts.static_blocks[index].sum(),
+                prediction.block_s[index].sum(),
+                static_block_s[index].sum(),
+            ]
+            self._add(f"stage {stage}", ", ".join(labels), len(index), np.array(sums), images)
+        self.images += images
+
+    def _add(self, name: str, label: str, n_blocks: int, values: np.ndarray, images: int) -> None:
+        totals = self.stages.setdefault(name, StageTotals(label, n_blocks))
+        totals.sums = totals.sums + values * images
+
+    def reduce(self) -> None:
+        """Add up the sums of all processes; every process must have seen an image."""
+        if dist.get_world_size() == 1:
+            return
+        packed = np.concatenate([[self.images], *(t.sums for t in self.stages.values())])
+        tensor = torch.as_tensor(packed, dtype=torch.float64)
+        dist.all_reduce(tensor, op="sum")
+        packed = tensor.numpy()
+        self.images = int(packed[0])
+        for totals, sums in zip(self.stages.values(), packed[1:].reshape(-1, len(self.COLUMNS))):
+            totals.sums = sums
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the images: rates, FLOPs ratio, predicted latency in milliseconds."""
+        sums = np.sum([totals.sums for totals in self.stages.values()], axis=0)
+        dynamic = [t for n, t in self.stages.items() if n != "stem" and t.label != "static"]
+        blocks = sum(t.n_blocks for t in dynamic)
+        mean_rate = sum(t.sums[0] * t.n_blocks for t in dynamic) / blocks if dynamic else 1.0
+        metrics = {
+            "flops_ratio": sums[2] / sums[3],
+            "activation_rate": mean_rate / self.images if dynamic else 1.0,
+            "latency_ms": 1e3 * sums[4] / self.images,
+            "static_latency_ms": 1e3 * sums[5] / self.images,
+            "latency_ratio": sums[4] / sums[5],
+        }
+        for name, totals in self.stages.items():
+            if name != "stem":
+                key = f"activation_rate_{name.replace(' ', '')}"
+                metrics[key] = totals.sums[0] / self.images
+        return {key: float(value) for key, value in metrics.items()}
+
+    def table(self, device: str) -> str:
+        """A table for people: one row per stage, milliseconds per image."""
+        table = Table(title=f"{self.images} images, latency predicted for {device}, per image")
+        for column in ("", "blocks", "mode"):
+            table.add_column(column)
+        for column in ("rate", "conv1 rate", "GMACs", "FLOPs ratio", "ms", "static ms", "ratio"):
+            table.add_column(column, justify="right")
+
+        def row(name: str, blocks: str, label: str, sums: np.ndarray, with_rates: bool) -> None:
+            mean = sums / self.images
+            rates = [f"{mean[0]:.3f}", f"{mean[1]:.3f}"] if with_rates else ["", ""]
+            table.add_row(
+                name,
+                blocks,
+                label,
+                *rates,
+                f"{mean[2] / 1e9:.3f}",
+                f"{mean[2] / mean[3]:.3f}",
+                f"{mean[4] * 1e3:.3f}",
+                f"{mean[5] * 1e3:.3f}",
+                f"{mean[4] / mean[5]:.3f}",
+            )
+
+        for name, totals in self.stages.items():
+            row(name, str(totals.n_blocks), totals.label, totals.sums, name != "stem")
+        table.add_section()
+        row("backbone", "", "", np.sum([t.sums for t in self.stages.values()], axis=0), False)
+        console = Console(width=120, force_terminal=False)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()

@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Evaluate a checkpoint: python tools/test.py configs/mask_rcnn_lasnet_r101.py epoch_12.pth
+
+Also prints activation rate, FLOPs ratio and predicted latency per stage over the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import os.path as osp
+import sys
+
+from mmengine.config import DictAction
+from mmengine.runner import Runner
+
+from las_mm import preflight
+from las_mm.models.activation import find_dynamic_backbones
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Test a model", allow_abbrev=False)
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument("--work-dir", help="folder for logs and metrics")
+    parser.add_argument("--out", help="write the predictions to this .pkl file")
+    parser.add_argument(
+        "--show-dir",
+        help="write a picture per image, detections beside the mask heat map, to this folder",
+    )
+    parser.add_argument(
+        "--device", help="device of the latency prediction: a shipped name or a file"
+    )
+    parser.add_argument("--trust-checkpoint", action="store_true", help="see train.py")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, default={}, help="see train.py"
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    return args
+
+
+def configure(args: argparse.Namespace):
+    """The config with the command line applied, checked before any work starts."""
+    if args.out is not None and not args.out.endswith((".pkl", ".pickle")):
+        raise preflight.UserError(f"--out must end in .pkl, got {args.out}")
+    cfg = preflight.load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    stem = osp.splitext(osp.basename(args.config))[0]
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or osp.join("work_dirs", stem)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+
+    preflight.check_data(cfg, ("test_dataloader",))
+    preflight.check_visualizer(cfg)
+    # The checkpoint replaces all weights: fetching initial ones would be for nothing.
+    cfg.model.get("backbone", {}).pop("init_cfg", None)
+    model = preflight.build_model(cfg)
+    hooks = list(cfg.get("custom_hooks") or [])
+    if find_dynamic_backbones(model):
+        latency = dict(type="las_mm.PredictedLatencyHook")
+        for hook in list(hooks):
+            if hook["type"] == latency["type"]:
+                hooks.remove(hook)
+                latency = dict(hook)
+        if args.device is not None:
+            latency["device"] = args.device
+        hooks.append(latency)
+        if args.show_dir is not None:
+            hooks.append(
+                dict(type="las_mm.MaskVisualizationHook", out_dir=osp.abspath(args.show_dir))
+            )
+    elif args.show_dir is not None:
+        raise preflight.UserError(
+            f"--show-dir draws masks, and the model of {args.config} has no dynamic backbone"
+        )
+    cfg.custom_hooks = hooks
+    preflight.check_hooks(cfg, model)
+    preflight.check_checkpoint(model, args.checkpoint, args.trust_checkpoint)
+    if args.out is not None:
+        evaluators = cfg.test_evaluator
+        evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
+        dump = dict(type="DumpResults", out_file_path=args.out)
+        cfg.test_evaluator = [*evaluators, dump]
+    preflight.prepare_device(cfg)
+    preflight.reset_scope()
+    return cfg
+
+
+def main() -> None:
+    try:
+        cfg = configure(parse_args())
+    except preflight.UserError as error:
+        sys.exit(f"test.py: error: {error}")
+    Runner.from_cfg(cfg).test()
+
+
+if __name__ == "__main__":
+    main()

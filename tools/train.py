@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Train a model: python tools/train.py configs/mask_rcnn_lasnet_r101.py"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import os.path as osp
+import sys
+
+from mmengine.config import DictAction
+from mmengine.runner import Runner
+
+from las_mm import preflight
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a model", allow_abbrev=False)
+    parser.add_argument("config", help="config file, e.g. configs/mask_rcnn_lasnet_r101.py")
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints")
+    parser.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate with the total batch size",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        help="continue from this checkpoint, or without a value from the work folder's last one",
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load a checkpoint that holds more than weights (runs code from the file)",
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        help="override config entries: key=value, nested keys with dots, lists as key=[a,b]",
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    return args
+
+
+def configure(args: argparse.Namespace):
+    """The config with the command line applied, checked before any work starts."""
+    cfg = preflight.load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    stem = osp.splitext(osp.basename(args.config))[0]
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or osp.join("work_dirs", stem)
+    if args.amp:
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise preflight.UserError(
+                f"--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}"
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == "auto" else args.resume
+
+    preflight.check_data(cfg, ("train_dataloader", "val_dataloader"))
+    preflight.check_visualizer(cfg)
+    model = preflight.build_model(cfg)
+    preflight.check_hooks(cfg, model)
+    preflight.check_resume(cfg, model, args.trust_checkpoint)
+    if not cfg.get("resume"):
+        preflight.check_pretrained(cfg)
+    preflight.prepare_device(cfg)
+    preflight.reset_scope()
+    return cfg
+
+
+def main() -> None:
+    try:
+        cfg = configure(parse_args())
+    except preflight.UserError as error:
+        sys.exit(f"train.py: error: {error}")
+    Runner.from_cfg(cfg).train()
+
+
+if __name__ == "__main__":
+    main()
