@@ -1,6 +1,6 @@
-"""The static twin of mask_rcnn_lasnet_r50_overfit.py: same network, same steps, no maskers."""
+"""The static twin of mask_rcnn_lasnet_r50_overfit.py: same network, data, steps; no maskers."""
 
 _base_ = "./mask_rcnn_lasnet_r50_overfit.py"
 
 model = dict(backbone=dict(mode="static"))
-custom_hooks = []
+custom_hooks = [dict(type="las_mm.IterationSeedHook")]

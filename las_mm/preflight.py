@@ -241,7 +241,7 @@ def _safe_globals() -> list:
     ]
 
 
-def check_checkpoint(model: nn.Module, path: str, trust: bool = False, strict: bool = True) -> None:
+def check_checkpoint(model: nn.Module, path: str, trust: bool = False, strict: bool = True) -> dict:
     """The checkpoint belongs to this model.
 
     Args:
@@ -250,12 +250,16 @@ def check_checkpoint(model: nn.Module, path: str, trust: bool = False, strict: b
         trust: See :func:`load_checkpoint`.
         strict: Every weight of the model must be there; otherwise (initial weights) at least one.
 
+    Returns:
+        The checkpoint; empty for a URL.
+
     Raises:
         UserError: Keys are missing or shapes differ; the message counts them and names one.
     """
     if _is_remote(path):
-        return
-    weights = state_dict(load_checkpoint(path, trust), path)
+        return {}
+    checkpoint = load_checkpoint(path, trust)
+    weights = state_dict(checkpoint, path)
     own = model.state_dict()
     missing = [key for key in own if key not in weights]
     shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
@@ -271,6 +275,7 @@ def check_checkpoint(model: nn.Module, path: str, trust: bool = False, strict: b
             f"checkpoint {path} is of another architecture: {len(missing)} of {len(own)} weights "
             f"are missing, e.g. {missing[0]}; use the config it was trained with"
         )
+    return checkpoint
 
 
 def check_resume(cfg: Config, model: nn.Module, trust: bool = False) -> None:

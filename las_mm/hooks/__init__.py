@@ -3,6 +3,7 @@
 from las_mm.hooks.budget import BudgetHook
 from las_mm.hooks.checkpoint import AtomicCheckpointHook
 from las_mm.hooks.latency import PredictedLatencyHook
+from las_mm.hooks.masks import MaskVisualizationHook
 from las_mm.hooks.seed import IterationSeedHook
 from las_mm.hooks.temperature import TemperatureHook
 
@@ -10,6 +11,7 @@ __all__ = [
     "AtomicCheckpointHook",
     "BudgetHook",
     "IterationSeedHook",
+    "MaskVisualizationHook",
     "PredictedLatencyHook",
     "TemperatureHook",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from mmengine import dist
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
@@ -100,19 +101,27 @@ class PredictedLatencyHook(Hook):
             runner.message_hub.update_scalar(f"train/{key}", value)
 
     def before_val_epoch(self, runner) -> None:
-        self._summary = DatasetSummary()
+        self._start_summary(runner.val_dataloader)
 
-    before_test_epoch = before_val_epoch
+    def before_test_epoch(self, runner) -> None:
+        self._start_summary(runner.test_dataloader)
+
+    def _start_summary(self, loader) -> None:
+        self._summary = DatasetSummary()
+        # mmengine's sampler deals images out in turn and repeats some to fill the last round.
+        self._images_left = len(range(dist.get_rank(), len(loader.dataset), dist.get_world_size()))
 
     def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         activation = collect_activations(self._model(runner)).detach()
         table = self.table(activation)
+        images = min(len(outputs) if outputs is not None else 1, self._images_left)
+        self._images_left -= images
         self._summary.add(
             activation,
             self.predict(activation),
             table.static_block_s,
             table.stem_s,
-            images=len(outputs) if outputs is not None else 1,
+            images=images,  # may be 0: reduce() needs the stages from every process
         )
 
     after_test_iter = after_val_iter

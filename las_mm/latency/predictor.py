@@ -5,9 +5,9 @@ How a block's rates become patches and seconds is in :mod:`las_mm.latency.blocks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 

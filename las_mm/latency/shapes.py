@@ -6,8 +6,8 @@ All sizes are counts: channels, and rows and columns of maps.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 MODES = ("static", "spatial", "layer")
 _EXPANSION = 4  # a ResNet bottleneck's output channels per inner channel

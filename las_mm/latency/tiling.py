@@ -11,7 +11,7 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Callable, Tuple
+from typing import Any, Callable
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from .report import Report
 _GATHER_LIMIT = 256  # a dynamic convolution considers at most this many patches per tile
 _CACHE = 4096
 _Size = np.ndarray  # one axis of the tile, broadcast against the others
-_Times = Tuple[np.ndarray, np.ndarray]  # seconds of compute, of memory
-_Axes = Tuple[Tuple[float, ...], ...]  # candidates for (c, h, w, q)
+_Times = tuple[np.ndarray, np.ndarray]  # seconds of compute, of memory
+_Axes = tuple[tuple[float, ...], ...]  # candidates for (c, h, w, q)
 
 
 @dataclass(frozen=True)

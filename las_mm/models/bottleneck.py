@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from mmpretrain.models.backbones.resnet import Bottleneck
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from las_mm import ops
 from las_mm.models.activation import Activation
 from las_mm.models.maskers import SpatialMasker, dilate_mask, expand_mask
 
@@ -59,8 +62,16 @@ class DynamicBottleneck(Bottleneck):
         else:
             coarse = self.masker(x, self.granularity * self.stride)
             mask = expand_mask(coarse, self.granularity, out_hw)
-            rate = mask.mean()
-            rate_dilated = dilate_mask(mask, conv1_hw, self.conv2_stride, self.dilation).mean()
+            if coarse.requires_grad:
+                rate = mask.mean()
+                halo = dilate_mask(mask, conv1_hw, self.conv2_stride, self.dilation)
+                rate_dilated = halo.mean()
+            else:
+                _, counts = ops.dilate_mask(
+                    coarse, self.granularity, conv1_hw, self.conv2_stride, self.dilation
+                )
+                areas = counts.new_tensor([math.prod(out_hw), math.prod(conv1_hw)])
+                rate, rate_dilated = (counts / areas).mean(dim=0)
         self.activation = Activation(
             rate=rate,
             rate_dilated=rate_dilated,

@@ -123,4 +123,7 @@ def dilate_mask(mask: Tensor, size: tuple[int, int], stride: int, dilation: int)
         spread = mask.new_zeros(mask.shape[0], 1, *size)
         spread[:, :, ::stride, ::stride] = mask  # output o sits at input position stride * o
         mask = spread
-    return F.max_pool2d(mask, 3, stride=1, padding=dilation, dilation=dilation)
+    if dilation == 1:
+        return F.max_pool2d(mask, 3, stride=1, padding=1)
+    # max_pool2d's own padding is limited to half the undilated kernel.
+    return F.max_pool2d(F.pad(mask, [dilation] * 4), 3, stride=1, dilation=dilation)

@@ -1,0 +1,86 @@
+# `make demo` and `make test` set up all they need in .venv, once; see README.md.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+DONE := .venv/.done
+DEMO := work_dirs/demo
+DEMO_CONFIG := configs/mask_rcnn_lasnet_r101_demo.py
+# A folder with a ready-made mmcv wheel saves compiling it (12 minutes on 2 cores).
+WHEELS ?= $(wildcard ../shared/wheels)
+NATIVE := $(wildcard ops/*.cpp ops/*/*.cpp ops/*/*.h ops/*/*.cu ops/*/*.cuh)
+FAST := -m "not slow"
+
+.PHONY: help setup test test-slow lint demo clean
+
+help:
+	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
+	@echo "make test       lint, type check and tests that take seconds"
+	@echo "make test-slow  also the tests that train for minutes"
+	@echo "make setup      only the environment in .venv"
+	@echo "make clean      remove .venv, build files and the demo's output"
+
+$(DONE)/venv:
+	@echo "== [1/6] virtual environment in .venv"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and "Python 3.9 or newer is needed (3.11 is tested), got " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/build: requirements/build.txt | $(DONE)/venv
+	@echo "== [2/6] build tools"
+	$(BIN)/pip install --quiet -r requirements/build.txt
+	@touch $@
+
+$(DONE)/torch: requirements/torch.txt | $(DONE)/build
+	@echo "== [3/6] torch (about 2 minutes)"
+	$(BIN)/pip install -r requirements/torch.txt
+	@touch $@
+
+# --verbose shows the compiler's steps when mmcv has to be built; the whole log stays in .venv.
+$(DONE)/mm: requirements/mm.txt | $(DONE)/torch
+	@echo "== [4/6] OpenMMLab packages ($(if $(WHEELS),mmcv wheel from $(WHEELS),compiling mmcv: about 12 minutes on 2 cores))"
+	@$(if $(WHEELS),PIP_FIND_LINKS=$(abspath $(WHEELS))) CXX=$(CURDIR)/requirements/cxx20.sh LAS_MM_CXX="$${CXX:-g++}" \
+	  $(BIN)/pip install --verbose --no-build-isolation -r requirements/mm.txt 2>&1 \
+	  | tee .venv/mm-install.log \
+	  | sed -nu -e 's/^ *\[\([0-9]*\/[0-9]*\)\] .*/   compiling mmcv \1/p' -e '/^Collecting onedl/p' -e '/^ *Downloading onedl/p' -e '/^Building wheel/p' -e '/^Successfully/p' \
+	  || { tail -n 40 .venv/mm-install.log; exit 1; }
+	@touch $@
+
+$(DONE)/tools: requirements/dev.txt requirements/demo.txt | $(DONE)/mm
+	@echo "== [5/6] test and demo tools"
+	$(BIN)/pip install --quiet -r requirements/dev.txt -r requirements/demo.txt
+	@touch $@
+
+$(DONE)/las_mm: setup.py pyproject.toml las_mm/version.py $(NATIVE) | $(DONE)/tools
+	@echo "== [6/6] las_mm with its native ops"
+	$(BIN)/pip install --quiet --no-build-isolation -e .
+	@touch $@
+
+setup: $(DONE)/las_mm
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(FAST)
+
+test-slow: lint
+	$(BIN)/python -m pytest
+
+$(DEMO)/epoch_20.pth: $(DEMO_CONFIG) | setup
+	$(BIN)/python tools/make_demo_coco.py
+	LAS_MM_COCO=data/demo_coco LAS_MM_PRETRAINED=none $(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO) --resume
+	@test -f $@ && touch $@
+
+demo: setup $(DEMO)/epoch_20.pth
+	LAS_MM_COCO=data/demo_coco LAS_MM_PRETRAINED=none $(BIN)/python tools/test.py $(DEMO_CONFIG) $(DEMO)/epoch_20.pth --work-dir $(DEMO) --show-dir $(DEMO)/pictures
+	$(BIN)/python tools/plot_log.py $(DEMO) --out $(DEMO)/curves.png
+	@echo "pictures: $(DEMO)/pictures (detections beside the computed patches), curves: $(DEMO)/curves.png"
+
+clean:
+	rm -rf .venv build *.egg-info las_mm/_C*.so $(DEMO) data/demo_coco

@@ -1,0 +1,129 @@
+"""Builds las_mm and its one native extension, ``las_mm._C`` (sources: ops/).
+
+The extension is compiled against the torch that is already installed, hence
+``pip install -e . --no-build-isolation``. Environment variables:
+
+    LAS_MM_NO_NATIVE=1  pure Python; the reference implementations of the ops run
+    FORCE_CUDA=1 / 0    with / without CUDA kernels; unset: with them where torch sees a GPU
+    MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST as in every torch extension
+"""
+
+import os
+import re
+import shutil
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version():
+    text = (ROOT / "las_mm" / "version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"', text, re.MULTILINE).group(1)
+
+
+def say(message):
+    print(f"las_mm: {message}", file=sys.stderr, flush=True)
+
+
+def find_cuda_toolkit(torch):
+    """The toolkit's folder or None; nvcc on PATH may be a wrapper script far from its headers."""
+    nvcc = shutil.which("nvcc")
+    candidates = [
+        os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"),
+        nvcc and str(Path(nvcc).resolve().parents[1]),
+        f"/usr/local/cuda-{torch.version.cuda}",
+        "/usr/local/cuda",
+    ]
+    for home in filter(None, candidates):
+        if (Path(home) / "include" / "cuda_runtime.h").is_file() and shutil.which(
+            "nvcc", path=str(Path(home) / "bin")
+        ):
+            return home
+    return None
+
+
+def cuda_sources(torch):
+    """The CUDA sources to build: none unless CUDA was asked for or torch sees a GPU."""
+    force = os.environ.get("FORCE_CUDA")
+    if force == "0":
+        return []
+    sources = sorted(glob("ops/cuda/*.cu"))
+    if not sources:
+        if force == "1":
+            say("FORCE_CUDA=1, but this version has no CUDA kernels yet; building for the CPU.")
+        return []
+    toolkit = torch.version.cuda and find_cuda_toolkit(torch)
+    if force == "1" and not toolkit:
+        sys.exit(
+            "las_mm: FORCE_CUDA=1 needs a torch built with CUDA "
+            f"(found torch {torch.__version__}) and a CUDA toolkit with nvcc and headers "
+            "(set CUDA_HOME to its folder)."
+        )
+    if force != "1" and not (toolkit and torch.cuda.is_available()):
+        return []
+    os.environ["CUDA_HOME"] = toolkit  # before torch.utils.cpp_extension guesses
+    return sources
+
+
+def native_extension():
+    """Arguments of setup() that build las_mm._C."""
+    if os.environ.get("LAS_MM_NO_NATIVE") == "1":
+        say("LAS_MM_NO_NATIVE=1, building without the native extension.")
+        return {}
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(
+            f"las_mm: cannot import torch ({error}); install torch first, then "
+            "`pip install -e . --no-build-isolation`."
+        )
+    cuda = cuda_sources(torch)
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is serial without
+    optimize = "/O2" if sys.platform == "win32" else "-O3"
+    extension = (CUDAExtension if cuda else CppExtension)(
+        name="las_mm._C",
+        sources=["ops/library.cpp", *sorted(glob("ops/cpu/*.cpp")), *cuda],
+        depends=sorted(glob("ops/*/*.h") + glob("ops/*/*.cuh")),
+        include_dirs=[str(ROOT / "ops")],
+        extra_compile_args={"cxx": [optimize, *openmp], "nvcc": ["-O3"]},
+        extra_link_args=openmp,
+    )
+    say(f"building las_mm._C for {'CPU and CUDA' if cuda else 'CPU'}, torch {torch.__version__}.")
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+readme = ROOT / "README.md"
+setup(
+    name="las_mm",
+    version=read_version(),
+    description="Latency-aware spatially dynamic networks (LASNet, LAUDNet) for OpenMMLab projects",
+    long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.9",
+    packages=find_packages(include=["las_mm", "las_mm.*"]),
+    package_data={"las_mm": ["latency/devices/*.yaml"]},
+    # torch and OpenMMLab's packages exist in several builds under several names, so they are
+    # the user's choice: requirements/ lists the tested pins, las_mm checks the imports.
+    install_requires=["numpy", "PyYAML", "rich", "tensorboard"],
+    extras_require={
+        "benchmark": ["matplotlib", "onnx", "onnxruntime", "openvino"],
+        "demo": ["matplotlib", "scikit-image"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "ruff",
+            "types-PyYAML",
+        ],
+    },
+    zip_safe=False,
+    **native_extension(),
+)

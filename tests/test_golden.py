@@ -1,0 +1,118 @@
+"""Reference outputs: every ``simulator_*.json`` and every model with a ``spec`` in LAS_MM_GOLDEN.
+
+Without the directory all tests here are skipped, with a message that says so. A reference whose
+mode is not built yet is skipped by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from las_mm.latency import BlockShape, block_report
+from las_mm.models import LASResNet, collect_activations, flops_report
+from las_mm.models.bottleneck import MODES
+from las_mm.models.released import convert_lasnet_resnet
+
+DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "golden"
+GOLDEN = Path(os.environ.get("LAS_MM_GOLDEN", DEFAULT))
+ABSENT = f"no reference outputs: {GOLDEN} is absent; set LAS_MM_GOLDEN to their directory"
+
+
+def simulator_rows() -> list:
+    params = []
+    for path in sorted(GOLDEN.glob("simulator_*.json")):
+        for i, row in enumerate(json.loads(path.read_text())):
+            parts = (row["device"], f"s{row['stage']}", row["mode"], row["granularity"])
+            label = "-".join(map(str, (path.stem, i, *parts, row["rate"])))
+            params.append(pytest.param(row, id=label))
+    return params or [pytest.param(None, id="simulator", marks=pytest.mark.skip(reason=ABSENT))]
+
+
+def models() -> list:
+    params = []
+    for path in sorted(GOLDEN.glob("*.json")):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and "spec" in content:
+            params.append(pytest.param(path, id=path.stem))
+    return params or [pytest.param(None, id="models", marks=pytest.mark.skip(reason=ABSENT))]
+
+
+@pytest.mark.parametrize("row", simulator_rows())
+def test_simulator(row: dict) -> None:
+    mode = "static" if row["mode"] == "static" else row["mode"]
+    if mode not in MODES:
+        pytest.skip(f"mode {mode!r} of this reference is not built yet")
+    block = BlockShape(
+        name="golden",
+        stage=row["stage"],
+        mode=mode,
+        granularity=row["granularity"] if mode == "spatial" else 0,
+        c_in=row["cin"],
+        width=row["cout"] // 4,
+        c_out=row["cout"],
+        h_in=row["hin"],
+        w_in=row["hin"],
+        stride=row["stride"],
+        # The published figures leave out the first stage's shortcut convolution.
+        downsample=row["first"] and row["stride"] > 1,
+    )
+    report = block_report(row["device"], block, row["rate"], batch_size=row["batch"])
+    assert report.latency_s == pytest.approx(row["latency_s"], rel=1e-3)
+
+
+def build(spec: dict) -> LASResNet:
+    if spec["family"] != "resnet" or spec["mode"] not in MODES:
+        family, mode = spec["family"], spec["mode"]
+        pytest.skip(f"{family} with mode {mode!r} is not built yet")
+    channels = round(64 * spec["width"])
+    return LASResNet(
+        spec["depth"],
+        mode=spec["mode"],
+        granularity=spec.get("granularity", 1),
+        stem_channels=channels,
+        base_channels=channels,
+        out_indices=(0, 1, 2, 3),
+    ).eval()
+
+
+def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
+    """Largest difference over largest reference value, in the reference's precision."""
+    expected = torch.from_numpy(reference)
+    ours = ours.to(expected.dtype).float()
+    return float((ours - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("path", models())
+def test_model(path: Path) -> None:
+    reference = json.loads(path.read_text())
+    spec = reference["spec"]
+    net = build(spec)
+    weights = torch.load(path.with_suffix(".pth"), weights_only=True)["state_dict"]
+    weights = convert_lasnet_resnet(weights)
+    classifier = {key: weights.pop(key) for key in ("fc.weight", "fc.bias")}
+    net.load_state_dict(weights, strict=True)
+
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        features = net(images)
+    logits = features[-1].mean((2, 3)) @ classifier["fc.weight"].T + classifier["fc.bias"]
+    arrays = np.load(path.with_suffix(".npz"))
+    assert relative_error(logits, arrays["logits"]) < 1e-4
+    for i, feature in enumerate(features, start=1):
+        assert relative_error(feature, arrays[f"feat{i}"]) < 1e-4, f"stage {i}"
+
+    activation = collect_activations(net)
+    assert activation.rates.tolist() == pytest.approx(reference["rate"], abs=1e-6)
+    dilated = reference.get("rate_dilated", reference["rate"])
+    if spec["mode"] == "spatial":
+        assert activation.rates_dilated.tolist() == pytest.approx(dilated, abs=1e-6)
+    report = flops_report(activation, counting="released")
+    assert report.block_ratios.tolist() == pytest.approx(reference["flops_perc"], abs=1e-6)
+    head = features[-1].shape[1] + classifier["fc.weight"].numel()  # global pool, classifier
+    assert float(report.dynamic) + head == pytest.approx(reference["flops"], rel=1e-6)

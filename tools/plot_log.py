@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Draw a training's curves: python tools/plot_log.py work_dirs/demo [--out curves.png]
+
+Losses, FLOPs ratio with activation rates, and predicted latency, from the JSON logs of one or more
+work folders (several are drawn over each other, to compare runs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def read_logs(work_dir: Path) -> Curves:
+    """All scalars of a work folder's runs, {key: [(iteration, value), ...]}, resumed runs joined.
+
+    Raises:
+        SystemExit: No log there.
+    """
+    files = sorted(work_dir.glob("*/vis_data/scalars.json"))
+    points: dict[str, dict[int, float]] = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # a killed run's last line
+                continue
+            if "loss" not in entry:
+                continue
+            for key, value in entry.items():
+                points.setdefault(key, {})[entry["step"]] = value
+    if not points:
+        sys.exit(f"plot_log.py: error: no training log in {work_dir} (*/vis_data/scalars.json)")
+    return {key: sorted(values.items()) for key, values in points.items()}
+
+
+def draw(runs: dict[str, Curves], out: Path) -> None:
+    """One row of three panels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    losses, rates, latency = figure.subplots(1, 3)
+    styles = ("-", "--", ":", "-.")
+    for style, (name, curves) in zip(styles * len(runs), runs.items()):
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        keys = [key for key in curves if key.startswith("loss") and "budget" not in key]
+        for colour, key in enumerate(sorted(keys, key=lambda k: (k != "loss", k))):
+            losses.plot(*zip(*curves[key]), style, color=f"C{colour}", label=prefix + key)
+        for colour, key in enumerate(k for k in curves if k.startswith("activation_rate")):
+            label = prefix + key.replace("activation_rate", "rate").replace("_", " ")
+            rates.plot(*zip(*curves[key]), style, color=f"C{colour + 1}", alpha=0.6, label=label)
+        for key, axes in (("flops_ratio", rates), ("latency_ms", latency)):
+            if key in curves:
+                label = prefix + key.replace("_", " ")
+                axes.plot(*zip(*curves[key]), style, color="black", linewidth=2, label=label)
+        if "static_latency_ms" in curves:
+            latency.plot(*zip(*curves["static_latency_ms"]), style, color="C3", label="static")
+    losses.set(title="losses", yscale="log")
+    rates.set(title="FLOPs ratio and activation rates", ylim=(0, 1.05))
+    latency.set(title="predicted latency", ylabel="ms per image")
+    latency.set_ylim(bottom=0)
+    for axes in (losses, rates, latency):
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
+def describe(name: str, curves: Curves) -> str:
+    """One line: where the run began and where it ended."""
+    parts = [f"loss {curves['loss'][0][1]:.3f} -> {curves['loss'][-1][1]:.3f}"]
+    if "flops_ratio" in curves:
+        first, last = curves["flops_ratio"][0][1], curves["flops_ratio"][-1][1]
+        parts.append(f"FLOPs ratio {first:.3f} -> {last:.3f}")
+    if "latency_ms" in curves:
+        first, last = curves["latency_ms"][0][1], curves["latency_ms"][-1][1]
+        static = curves["static_latency_ms"][-1][1]
+        parts.append(
+            f"predicted latency {first:.3f} -> {last:.3f} ms per image "
+            f"({last / static:.2f} of the static network's {static:.3f} ms)"
+        )
+    return f"{name}: {', '.join(parts)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("work_dirs", nargs="+", type=Path, help="work folders of trainings")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture")
+    args = parser.parse_args()
+    runs = {str(folder): read_logs(folder) for folder in args.work_dirs}
+    draw(runs, args.out)
+    for name, curves in runs.items():
+        print(describe(name, curves))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Draw what a dynamic detector finds in images, and where it computed.
+
+Each picture shows the predictions beside maps of the share of dynamic blocks that computed at
+each pixel, over all blocks and per stage.
+
+Example:
+    python tools/visualize_masks.py configs/mask_rcnn_lasnet_r50_overfit.py data/coco/val2017 \\
+        --checkpoint work_dirs/mask_rcnn_lasnet_r50_overfit/epoch_125.pth --out-dir masks
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import cv2
+import mmcv
+from mmengine.config import Config, DictAction
+from mmengine.model import revert_sync_batchnorm
+from rich.progress import track
+from torch import nn
+
+from las_mm import preflight
+from las_mm.dependencies import MissingDependencyError, require
+from las_mm.models.activation import collect_activations, find_dynamic_backbones
+from las_mm.preflight import UserError
+from las_mm.visualization import draw_masks, require_matplotlib, write_png
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+def find_images(path: Path) -> list[Path]:
+    """The image itself, or all images directly in a folder, in the order of their names."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"there is no image or folder {path}")
+    images = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not images:
+        raise UserError(f"there is no image ({', '.join(SUFFIXES)}) in the folder {path}")
+    return images
+
+
+def picture_names(images: list[Path]) -> list[str]:
+    """File names of the pictures: the images' stems, or whole names where stems repeat."""
+    stems = [image.stem for image in images]
+    return [f"{image.stem if stems.count(image.stem) == 1 else image.name}.png" for image in images]
+
+
+def build_detector(config: Config, checkpoint: Path | None, trust: bool, device: str) -> nn.Module:
+    """The detector of a config, ready for ``inference_detector``."""
+    from mmdet.registry import DATASETS
+
+    for key in ("model", "test_dataloader"):
+        if key not in config:
+            raise UserError(f"{config.filename} has no {key}: name the config of a detector")
+    config.model.get("backbone", {}).pop("init_cfg", None)
+    model = revert_sync_batchnorm(preflight.build_model(config))
+    if not find_dynamic_backbones(model):
+        raise UserError(f"the model of {config.filename} has no dynamic backbone, so no masks")
+    # Lazy: the classes and colours, without the data.
+    dataset = {**config.test_dataloader.dataset, "lazy_init": True}
+    model.dataset_meta = dict(DATASETS.build(dataset).metainfo)
+    if checkpoint is not None:
+        content = preflight.check_checkpoint(model, str(checkpoint), trust)
+        model.load_state_dict(preflight.state_dict(content, str(checkpoint)), strict=False)
+        meta = content.get("meta", {}).get("dataset_meta") or {}
+        model.dataset_meta.update({key.lower(): value for key, value in meta.items()})
+    model.cfg = config
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {error}") from error
+
+
+def visualize(model: nn.Module, images: list[Path], out_dir: Path, score_thr: float) -> None:
+    """Run the detector on each image and write its picture."""
+    from mmdet.apis import inference_detector
+
+    for path, name in zip(track(images, description="images"), picture_names(images)):
+        try:
+            image = mmcv.imread(path, channel_order="rgb")
+        except cv2.error as error:  # what OpenCV makes of a file that it cannot decode
+            raise UserError(f"{path} is no image that can be read") from error
+        sample = inference_detector(model, str(path))
+        picture = draw_masks(
+            image,
+            collect_activations(model),
+            data_sample=sample,
+            dataset_meta=model.dataset_meta,
+            score_thr=score_thr,
+            title=path.stem,
+        )
+        write_png(out_dir / name, picture)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Draw what a dynamic detector finds in images, and where it computed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="config of a detector with a dynamic backbone")
+    parser.add_argument("images", type=Path, help="an image, or a folder of images")
+    parser.add_argument("--checkpoint", type=Path, help="weights; without, they are random")
+    parser.add_argument("--trust-checkpoint", action="store_true", help="see train.py")
+    parser.add_argument("--out-dir", type=Path, default=Path("masks"), help="folder of pictures")
+    parser.add_argument("--score-thr", type=float, default=0.3, help="draw detections above it")
+    parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda:0")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="settings of the config to change",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; return its exit code."""
+    args = parse_args(argv)
+    warnings.filterwarnings("ignore", category=UserWarning)  # mmdet's, about its own internals
+    try:
+        if not 0 <= args.score_thr <= 1:
+            raise UserError(f"--score-thr must be from 0 to 1, but is {args.score_thr}")
+        require("mmdet", "tools/visualize_masks.py")
+        require_matplotlib()
+        images = find_images(args.images)
+        config = preflight.load_config(str(args.config), args.cfg_options)
+        if args.checkpoint is None:
+            print("No --checkpoint: the weights are random.", file=sys.stderr)
+        model = build_detector(config, args.checkpoint, args.trust_checkpoint, args.device)
+        visualize(model, images, args.out_dir, args.score_thr)
+    except (UserError, MissingDependencyError, OSError) as error:
+        print(f"visualize_masks: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(images)} pictures written to {args.out_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
