@@ -49,6 +49,7 @@ def tiny_config(demo_coco):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LAS_MM_COCO", f"{demo_coco}/")
+            patch.setenv("LAS_MM_PRETRAINED", "none")
             cfg = Config.fromfile(str(ROOT / "configs" / "mask_rcnn_lasnet_r50_overfit.py"))
         cfg.merge_from_dict(_tiny(cfg, Path(work_dir)))
         cfg.merge_from_dict(overrides)
@@ -67,7 +68,9 @@ def _tiny(cfg, work_dir: Path) -> dict:
         [{**step, "scale": scale} if step["type"] == "Resize" else step for step in pipeline]
         for pipeline in (cfg.train_pipeline, cfg.test_pipeline)
     )
+    train = [step for step in train if step["type"] != "RandomFlip"]
     train.insert(-1, FLIP)
+    hooks = [hook for hook in cfg.custom_hooks if hook["type"] != "las_mm.IterationSeedHook"]
     val = dict(
         num_workers=0,
         persistent_workers=False,
@@ -102,7 +105,9 @@ def _tiny(cfg, work_dir: Path) -> dict:
     return dict(
         work_dir=str(work_dir),
         model=model,
-        train_dataloader=dict(batch_size=2, num_workers=1, dataset=dict(pipeline=train)),
+        train_dataloader=dict(
+            batch_size=2, num_workers=1, persistent_workers=False, dataset=dict(pipeline=train)
+        ),
         val_dataloader=val,
         test_dataloader=val,
         val_evaluator=evaluator,
@@ -116,6 +121,6 @@ def _tiny(cfg, work_dir: Path) -> dict:
             checkpoint=dict(type="las_mm.AtomicCheckpointHook", interval=1, max_keep_ckpts=-1),
         ),
         log_processor=dict(window_size=1),
-        custom_hooks=[dict(type="las_mm.IterationSeedHook"), *cfg.custom_hooks],
+        custom_hooks=[dict(type="las_mm.IterationSeedHook"), *hooks],
         visualizer=dict(vis_backends=[dict(type="LocalVisBackend")]),
     )

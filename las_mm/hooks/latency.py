@@ -18,6 +18,8 @@ from las_mm.models.activation import (
 from las_mm.registry import HOOKS
 from las_mm.summary import DatasetSummary
 
+SETTINGS = ("full", "paper")
+
 
 @HOOKS.register_module()
 class PredictedLatencyHook(Hook):
@@ -35,9 +37,12 @@ class PredictedLatencyHook(Hook):
             path of a device file. Defaults to ``'v100'``.
         batch_size: Images per batch that the prediction assumes. Defaults to the device's.
         interval: Training iterations between two predictions. Defaults to 10.
+        setting: ``'full'`` as above, or ``'paper'``: the four stages only, and the block's rate
+            for conv1 too, as the published figures count. Defaults to ``'full'``.
 
     Raises:
-        ValueError: Unknown device, or ``batch_size`` or ``interval`` that is no positive integer.
+        ValueError: Unknown device or setting, or ``batch_size`` or ``interval`` that is no
+            positive integer.
 
     Example:
         >>> custom_hooks = [dict(type='las_mm.PredictedLatencyHook', device='tx2', batch_size=1)]
@@ -46,8 +51,17 @@ class PredictedLatencyHook(Hook):
     priority = "NORMAL"
 
     def __init__(
-        self, device: str | Path = "v100", batch_size: int | None = None, interval: int = 10
+        self,
+        device: str | Path = "v100",
+        batch_size: int | None = None,
+        interval: int = 10,
+        setting: str = "full",
     ) -> None:
+        if setting not in SETTINGS:
+            raise ValueError(
+                f"setting of PredictedLatencyHook must be one of {', '.join(SETTINGS)}, "
+                f"got {setting!r}"
+            )
         for name, value in dict(batch_size=batch_size, interval=interval).items():
             valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
             if not valid and not (name == "batch_size" and value is None):
@@ -57,6 +71,7 @@ class PredictedLatencyHook(Hook):
         self.device = load_device(device)
         self.batch_size = batch_size
         self.interval = interval
+        self.paper = setting == "paper"
         self._tables: dict[object, LatencyTable] = {}
         self._summary = DatasetSummary()
 
@@ -64,7 +79,10 @@ class PredictedLatencyHook(Hook):
         """The tabulated predictor for this network at this input size, built once each."""
         if activation.shape not in self._tables:
             self._tables[activation.shape] = LatencyTable(
-                self.device, activation.shape, batch_size=self.batch_size
+                self.device,
+                activation.shape,
+                batch_size=self.batch_size,
+                include_stem=not self.paper,
             )
         return self._tables[activation.shape]
 
@@ -79,7 +97,7 @@ class PredictedLatencyHook(Hook):
             .double()
             .numpy()
         )
-        return self.table(activation).predict(rates, dilated)
+        return self.table(activation).predict(rates, None if self.paper else dilated)
 
     @staticmethod
     def _model(runner):
