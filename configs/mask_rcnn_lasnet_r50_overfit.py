@@ -29,7 +29,7 @@ model = dict(
     neck=dict(in_channels=[4 * width, 8 * width, 16 * width, 32 * width]),
 )
 max_epochs = 125
-train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+train_cfg = dict(max_epochs=max_epochs, val_interval=25)
 param_scheduler = _base_.param_scheduler
 param_scheduler[1]["T_max"] = max_epochs
 default_hooks = dict(checkpoint=dict(interval=25))

@@ -206,6 +206,9 @@ def load_checkpoint(path: str, trust: bool = False) -> dict:
     """
     if not osp.isfile(path):
         raise UserError(f"checkpoint {path} does not exist")
+    with open(path, "rb") as file:
+        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip file, or torch's old pickles
+            raise UserError(f"checkpoint {path} is damaged: it is no file that torch.save writes")
     try:
         if trust:
             return torch.load(path, map_location="cpu", weights_only=False)
@@ -218,7 +221,7 @@ def load_checkpoint(path: str, trust: bool = False) -> dict:
                 f"add --trust-checkpoint"
             ) from error
         raise UserError(f"checkpoint {path} is damaged: {_last_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # damaged bytes may raise anything, depending on where they are
         raise UserError(f"checkpoint {path} is damaged: {_last_line(error)}") from error
 
 
@@ -278,8 +281,11 @@ def check_checkpoint(model: nn.Module, path: str, trust: bool = False, strict: b
     return checkpoint
 
 
-def check_resume(cfg: Config, model: nn.Module, trust: bool = False) -> None:
+def check_resume(cfg: Config, model: nn.Module, trust: bool = False) -> bool:
     """The checkpoint that training continues or starts from is readable and fits the model.
+
+    Returns:
+        Whether training continues from one, which then replaces all weights.
 
     Raises:
         UserError: It does not.
@@ -288,8 +294,16 @@ def check_resume(cfg: Config, model: nn.Module, trust: bool = False) -> None:
     if cfg.get("resume") and path is None:
         marker = Path(cfg.work_dir) / "last_checkpoint"
         path = marker.read_text().strip() if marker.is_file() else None
+    resume = bool(cfg.get("resume")) and path is not None
     if path is not None:
-        check_checkpoint(model, path, trust, strict=bool(cfg.get("resume")))
+        checkpoint = check_checkpoint(model, path, trust, strict=resume)
+        state = {"meta", "message_hub", "optimizer"}
+        if resume and checkpoint and not state <= checkpoint.keys():
+            raise UserError(
+                f"checkpoint {path} holds no training state to resume; to start a new training "
+                f"from its weights, use --cfg-options load_from={path}"
+            )
+    return resume
 
 
 def prepare_device(cfg: Config) -> None:

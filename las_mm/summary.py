@@ -134,7 +134,7 @@ class DatasetSummary:
                 f"{mean[2] / mean[3]:.3f}",
                 f"{mean[4] * 1e3:.3f}",
                 f"{mean[5] * 1e3:.3f}",
-                f"{mean[4] / mean[5]:.3f}",
+                f"{mean[4] / mean[5]:.3f}" if mean[5] else "",  # the stem, where it is left out
             )
 
         for name, totals in self.stages.items():

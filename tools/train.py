@@ -72,8 +72,10 @@ def configure(args: argparse.Namespace):
     preflight.check_visualizer(cfg)
     model = preflight.build_model(cfg)
     preflight.check_hooks(cfg, model)
-    preflight.check_resume(cfg, model, args.trust_checkpoint)
-    if not cfg.get("resume"):
+    if preflight.check_resume(cfg, model, args.trust_checkpoint):
+        # The checkpoint replaces all weights: the runner must not fetch initial ones first.
+        cfg.model.get("backbone", {}).pop("init_cfg", None)
+    else:
         preflight.check_pretrained(cfg)
     preflight.prepare_device(cfg)
     preflight.reset_scope()

@@ -43,16 +43,19 @@ class BudgetHook(Hook):
         self._handle = None
 
     def before_train(self, runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        find_dynamic_backbone(model)
-        self.remove()
-        self._handle = model.register_forward_hook(self._add_losses, with_kwargs=True)
+        self.attach(runner.model.module if is_model_wrapper(runner.model) else runner.model)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         self._progress = runner.iter / runner.max_iters
 
     def after_train(self, runner) -> None:
         self.remove()
+
+    def attach(self, model: nn.Module) -> None:
+        """Add the losses to what ``model`` returns in loss mode, until :meth:`remove`."""
+        find_dynamic_backbone(model)
+        self.remove()
+        self._handle = model.register_forward_hook(self._add_losses, with_kwargs=True)
 
     def remove(self) -> None:
         """Detach from the model."""

@@ -1,4 +1,4 @@
-"""Predicting latency from a description of the hardware (docs/LATENCY_MODEL.md)."""
+"""Predicting latency from a description of the hardware (docs/latency_model.md)."""
 
 from .device import Device, available_devices, load_device
 from .predictor import LatencyTable, Prediction, block_report, network_report, paper_report

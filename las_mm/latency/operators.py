@@ -1,6 +1,6 @@
 """The cost of one operator on one device, as a :class:`Report`.
 
-Implements the analytical model of docs/LATENCY_MODEL.md (the simulator of LAUDNet, arXiv
+Implements the analytical model of docs/latency_model.md (the simulator of LAUDNet, arXiv
 2308.15949): an operator's output is split into tiles, and its latency is
 ``launch + min over tilings of (compute + memory)``. All times are seconds for the whole batch,
 all sizes are counts of FP32 values.

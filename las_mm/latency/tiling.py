@@ -1,4 +1,4 @@
-"""The search for the cheapest tiling, and the efficiencies it weighs (docs/LATENCY_MODEL.md).
+"""The search for the cheapest tiling, and the efficiencies it weighs (docs/latency_model.md).
 
 A tile is a (c, h, w) box of output values; for spatially dynamic operators it also handles q
 patches at a time. Arrays below are broadcast over the axes (c, h, w) or (c, h, w, q), one entry

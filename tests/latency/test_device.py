@@ -10,7 +10,7 @@ import yaml
 from las_mm.latency import Device, available_devices, load_device
 from las_mm.latency.device import NUMBER_FIELDS
 
-# docs/LATENCY_MODEL.md: n_pe, lanes, Hz, bytes/s, k, batch
+# docs/latency_model.md: n_pe, lanes, Hz, bytes/s, k, batch
 TABLE = {
     "v100": (80, 64, 1500e6, 700e9, 4, 128),
     "rtx3090": (82, 128, 1250e6, 936e9, 1, 128),
