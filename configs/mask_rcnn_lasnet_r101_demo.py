@@ -51,7 +51,8 @@ model = dict(
         init_cfg=None,
     ),
     neck=dict(in_channels=[4 * width, 8 * width, 16 * width, 32 * width], out_channels=channels),
-    rpn_head=dict(in_channels=channels, feat_channels=channels),
+    # Small images, small objects: anchors of 16 pixels and more instead of 32.
+    rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4])),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels, roi_layer=dict(sampling_ratio=2)),
         bbox_head=dict(in_channels=channels, fc_out_channels=512),

@@ -86,8 +86,6 @@ class GlobalNoise(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         values = {key: value.detach().clone().float() for key, value in outputs.items()}
-        for key in ("loss", "activation_rate"):
-            values[f"{key} of this process"] = values[key].item()
         dist.all_reduce(values["loss"], op="mean")  # the classifier's own, a mean over images
         local = runner.model.module if dist.is_distributed() else runner.model
         values["local rate"] = local.backbone.network_activation().mean_rate.item()

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
+from las_mm import fileio
 from las_mm.hooks import AtomicCheckpointHook
-from las_mm.hooks import checkpoint as checkpoint_module
+from las_mm.hooks.checkpoint import AtomicLocalBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_EPOCH = 3  # iterations
@@ -30,7 +31,10 @@ KEYS = ("loss", "loss_rpn_cls", "loss_mask", "loss_budget", "flops_ratio", "grad
 def start(config: Path, *args: str) -> subprocess.Popen:
     command = [sys.executable, "tools/train.py", str(config), *args]
     log = open(config.with_suffix(".log"), "a")  # noqa: SIM115 - the process writes to it
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # atomics on a GPU add in any order
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
 
 
 def finish(process: subprocess.Popen, config: Path) -> None:
@@ -150,8 +154,8 @@ def exit_code_of_a_fork(function, *args) -> int:
 
 
 MOMENTS = {
-    "before a byte is written": (checkpoint_module, "open", die),
-    "in the middle of the bytes": (checkpoint_module, "open", HalfWrittenFile),
+    "before a byte is written": (fileio, "open", die),
+    "in the middle of the bytes": (fileio, "open", HalfWrittenFile),
     "before they are on the disk": (os, "fsync", die),
     "before the file gets its name": (os, "replace", die),
 }
@@ -165,7 +169,7 @@ def test_kill_while_writing_leaves_the_old_file(moment, tmp_path):
     def put() -> None:
         owner, name, value = MOMENTS[moment]
         setattr(owner, name, value)
-        checkpoint_module.AtomicLocalBackend().put(b"new" * 100_000, path)
+        AtomicLocalBackend().put(b"new" * 100_000, path)
 
     assert exit_code_of_a_fork(put) == -signal.SIGKILL
     assert path.read_bytes() == b"old"
@@ -176,7 +180,7 @@ def test_kill_while_writing_leaves_the_old_file(moment, tmp_path):
 
 def test_put_replaces_the_whole_file(tmp_path):
     path = tmp_path / "folder" / "epoch_1.pth"
-    backend = checkpoint_module.AtomicLocalBackend()
+    backend = AtomicLocalBackend()
     for content in (b"a longer content", b"short"):
         backend.put(content, path)
         assert path.read_bytes() == content
