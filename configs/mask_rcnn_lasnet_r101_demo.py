@@ -84,11 +84,11 @@ param_scheduler = [
 ]
 custom_hooks = [
     _base_.las_mm.hooks.seed,
-    dict(type="las_mm.TemperatureHook", start=5.0, end=0.1),
+    # Too few steps for the maskers to grow sure of themselves: end without noise, as in inference.
+    dict(type="las_mm.TemperatureHook", start=5.0, end=0.1, noise_fade=(0.4, 0.8)),
     dict(
         type="las_mm.BudgetHook",
         loss=dict(type="las_mm.BudgetLoss", target=0.5, bounds_weight=1.0, loss_weight=10.0),
     ),
     _base_.las_mm.hooks.latency,
 ]
-default_hooks = dict(logger=dict(interval=10))

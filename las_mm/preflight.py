@@ -94,9 +94,9 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
                 full = path if osp.isabs(path) or _is_remote(path) else osp.join(root, path)
                 if not _is_remote(full) and not osp.exists(full):
                     raise UserError(
-                        f"{full} does not exist ({loader}); set LAS_MM_COCO to the folder of the "
-                        f"COCO data set (now {root!r}), or make a small one with "
-                        f"`python tools/make_demo_coco.py`"
+                        f"{full} does not exist ({loader}, data_root {root!r}); the COCO configs "
+                        f"take data_root from LAS_MM_COCO, and `python tools/make_demo_coco.py` "
+                        f"renders a small data set to try"
                     )
 
 

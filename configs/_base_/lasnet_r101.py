@@ -36,7 +36,10 @@ las_mm.update(
     ),
     val_dataloader=dict(dataset=dict(data_root=las_mm["data_root"])),
     val_evaluator=dict(ann_file=las_mm["data_root"] + "annotations/instances_val2017.json"),
-    default_hooks=dict(checkpoint=dict(type="las_mm.AtomicCheckpointHook", max_keep_ckpts=2)),
+    default_hooks=dict(
+        logger=dict(interval=10),
+        checkpoint=dict(type="las_mm.AtomicCheckpointHook", max_keep_ckpts=2),
+    ),
     vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
     hooks=dict(
         seed=dict(type="las_mm.IterationSeedHook"),

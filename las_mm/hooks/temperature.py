@@ -1,4 +1,4 @@
-"""Anneals the Gumbel-softmax temperature of all maskers."""
+"""Anneals the Gumbel-softmax temperature of all maskers, and fades its noise where wanted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCHEDULES = ("constant", "exponential")
 
 @HOOKS.register_module()
 class TemperatureHook(Hook):
-    """Sets the maskers' temperature before every training iteration.
+    """Sets the maskers' temperature and noise before every training iteration.
 
     The value follows from the iteration alone, so resuming needs no state. The ImageNet recipe is
     exponential from 5.0 to 0.1 over training, the COCO recipe constant 0.1.
@@ -22,9 +22,15 @@ class TemperatureHook(Hook):
         start: Temperature of the first iteration. Defaults to 5.0.
         end: Temperature of the last iteration (exponential only). Defaults to 0.1.
         schedule: ``'exponential'`` (the same factor every step) or ``'constant'``.
+        noise_fade: Shares of training (begin, end) between which the Gumbel noise fades linearly
+            to nothing, so that training ends deciding as inference does. Short trainings need it:
+            with noise to the end the maskers' logits stay near the threshold, and the rate of
+            inference is not that of training. Defaults to ``None``: full noise throughout, the
+            papers' recipe.
 
     Raises:
-        ValueError: A temperature <= 0 or an unknown schedule.
+        ValueError: A temperature <= 0, an unknown schedule, or a ``noise_fade`` that is not
+            0 <= begin < end <= 1.
 
     Example:
         >>> custom_hooks = [dict(type='las_mm.TemperatureHook', start=0.1, schedule='constant')]
@@ -32,7 +38,13 @@ class TemperatureHook(Hook):
 
     priority = "NORMAL"
 
-    def __init__(self, start: float = 5.0, end: float = 0.1, schedule: str = "exponential") -> None:
+    def __init__(
+        self,
+        start: float = 5.0,
+        end: float = 0.1,
+        schedule: str = "exponential",
+        noise_fade: tuple[float, float] | None = None,
+    ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule of TemperatureHook must be one of {', '.join(SCHEDULES)}, "
@@ -41,6 +53,13 @@ class TemperatureHook(Hook):
         for name, value in dict(start=start, end=end).items():
             if not value > 0:
                 raise ValueError(f"{name} of TemperatureHook must be > 0, got {value!r}")
+        if noise_fade is not None:
+            if len(noise_fade) != 2 or not 0 <= noise_fade[0] < noise_fade[1] <= 1:
+                raise ValueError(
+                    f"noise_fade of TemperatureHook must be (begin, end) with "
+                    f"0 <= begin < end <= 1, got {noise_fade!r}"
+                )
+        self.noise_fade = noise_fade
         self.start = start
         self.end = end if schedule == "exponential" else start
 
@@ -49,12 +68,21 @@ class TemperatureHook(Hook):
         progress = min(iteration / max(max_iters - 1, 1), 1.0)
         return self.start * (self.end / self.start) ** progress
 
+    def noise(self, iteration: int, max_iters: int) -> float:
+        """Scale of the Gumbel noise in an iteration, counted from 0."""
+        if self.noise_fade is None:
+            return 1.0
+        begin, end = self.noise_fade
+        return min(1.0, max(0.0, (end - iteration / max_iters) / (end - begin)))
+
     def before_train(self, runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self._maskers = find_dynamic_backbone(model).maskers()
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         value = self.temperature(runner.iter, runner.max_iters)
+        noise = self.noise(runner.iter, runner.max_iters)
         for masker in self._maskers:
             masker.temperature = value
+            masker.noise = noise
         runner.message_hub.update_scalar("train/temperature", value)

@@ -41,6 +41,8 @@ class SpatialMasker(nn.Module):
 
     Attributes:
         temperature: Gumbel-softmax temperature tau, set by ``TemperatureHook``.
+        noise: Scale of the Gumbel noise, set by ``TemperatureHook``; 1 is the papers' sampling,
+            0 decides in training as in eval mode.
     """
 
     def __init__(self, in_channels: int, keep_bias: float = 5.0) -> None:
@@ -48,6 +50,7 @@ class SpatialMasker(nn.Module):
         self.conv = nn.Conv2d(in_channels, 2, kernel_size=1)
         self.keep_bias = keep_bias
         self.temperature = 1.0
+        self.noise = 1.0
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,7 +85,7 @@ class SpatialMasker(nn.Module):
         keep = logits[:, :1] - logits[:, 1:]
         if not self.training:
             return (keep >= 0).float()
-        keep = keep + gumbel_difference(keep)
+        keep = keep + self.noise * gumbel_difference(keep)
         hard = (keep >= 0).float()
         soft = torch.sigmoid(keep / self.temperature)
         return hard + (soft - soft.detach())
