@@ -14,7 +14,7 @@ import torch
 import distributed_worker as worker
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 300
+PATIENCE = 1200  # seconds that a process may take on a busy machine
 
 
 def free_port() -> int:

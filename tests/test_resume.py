@@ -24,7 +24,7 @@ from las_mm.hooks.checkpoint import AtomicLocalBackend
 ROOT = Path(__file__).resolve().parents[1]
 PER_EPOCH = 3  # iterations
 EPOCHS = 4
-PATIENCE = 300  # seconds that a process may take before its test fails
+PATIENCE = 1200  # seconds that a process may take on a busy machine
 KEYS = ("loss", "loss_rpn_cls", "loss_mask", "loss_budget", "flops_ratio", "grad_norm", "lr")
 
 

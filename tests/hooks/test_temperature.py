@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmengine.logging import MessageHub
 from torch import nn
 
@@ -65,6 +66,31 @@ def test_resuming_needs_no_state(backbone):
     assert backbone.maskers()[0].temperature == pytest.approx(5.0 * 0.02**0.7)
 
 
+def test_noise_fades_to_nothing(backbone):
+    hook = TemperatureHook(noise_fade=(0.4, 0.8))
+    hook.before_train(fake_runner(backbone, 0))
+    noise = []
+    for iteration in range(10):
+        hook.before_train_iter(fake_runner(backbone, iteration, 10), iteration)
+        (value,) = {masker.noise for masker in backbone.maskers()}
+        noise.append(value)
+    assert noise == pytest.approx([1.0] * 5 + [0.75, 0.5, 0.25] + [0.0] * 2)
+    masker, x = (
+        backbone.maskers()[0].train(),
+        torch.randn(1, backbone.maskers()[0].conv.in_channels, 8, 8),
+    )
+    torch.nn.init.normal_(masker.conv.weight)
+    torch.nn.init.zeros_(masker.conv.bias)
+    sampled = [masker(x, 1) for _ in range(2)]
+    assert torch.equal(sampled[0], sampled[1])
+    assert torch.equal(sampled[0].round(), masker.eval()(x, 1))  # training decides like inference
+    assert 0.1 < sampled[0].mean() < 0.9
+
+
+def test_noise_stays_without_a_fade():
+    assert [TemperatureHook().noise(i, 10) for i in range(10)] == [1.0] * 10
+
+
 def test_model_without_a_dynamic_backbone_is_refused():
     with pytest.raises(ValueError, match="las_mm.LASResNet"):
         TemperatureHook().before_train(fake_runner(nn.Conv2d(3, 3, 1), 0))
@@ -76,6 +102,8 @@ def test_model_without_a_dynamic_backbone_is_refused():
         (dict(start=0.0), "start of TemperatureHook must be > 0, got 0.0"),
         (dict(end=-0.1), "end of TemperatureHook must be > 0, got -0.1"),
         (dict(start=float("nan")), "start of TemperatureHook must be > 0, got nan"),
+        (dict(noise_fade=(0.8, 0.4)), "noise_fade of TemperatureHook must be"),
+        (dict(noise_fade=(0.5, 1.2)), "noise_fade of TemperatureHook must be"),
         (dict(schedule="linear"), "one of constant, exponential, got 'linear'"),
     ],
 )
