@@ -44,6 +44,9 @@ def draw(runs: dict[str, Curves], out: Path) -> None:
 
     figure = Figure(figsize=(15, 4), layout="constrained")
     losses, rates, latency = figure.subplots(1, 3)
+    ratio = latency.twinx()
+    ratio.set_ylabel("ratio to the static network", color="C0")
+    ratio.set_ylim(0, 1.6)
     styles = ("-", "--", ":", "-.")
     for style, (name, curves) in zip(styles * len(runs), runs.items()):
         prefix = f"{name}: " if len(runs) > 1 else ""
@@ -58,7 +61,10 @@ def draw(runs: dict[str, Curves], out: Path) -> None:
                 label = prefix + key.replace("_", " ")
                 axes.plot(*zip(*curves[key]), style, color="black", linewidth=2, label=label)
         if "static_latency_ms" in curves:
-            latency.plot(*zip(*curves["static_latency_ms"]), style, color="C3", label="static")
+            label = prefix + "static latency ms"
+            latency.plot(*zip(*curves["static_latency_ms"]), style, color="C3", label=label)
+            # Input sizes differ from batch to batch: the ratio is what training moves.
+            ratio.plot(*zip(*curves["latency_ratio"]), style, color="C0", alpha=0.8)
     losses.set(title="losses", yscale="log")
     rates.set(title="FLOPs ratio and activation rates", ylim=(0, 1.05))
     latency.set(title="predicted latency", ylabel="ms per image")
@@ -93,7 +99,9 @@ def main() -> None:
     parser.add_argument("work_dirs", nargs="+", type=Path, help="work folders of trainings")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture")
     args = parser.parse_args()
-    runs = {str(folder): read_logs(folder) for folder in args.work_dirs}
+    runs = {folder.resolve().name: read_logs(folder) for folder in args.work_dirs}
+    if len(runs) < len(args.work_dirs):
+        parser.error("work folders to compare must differ in their last name")
     draw(runs, args.out)
     for name, curves in runs.items():
         print(describe(name, curves))

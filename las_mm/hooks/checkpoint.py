@@ -32,7 +32,8 @@ class AtomicCheckpointHook(CheckpointHook):
     What changes against the parent: a checkpoint appears under its name only when complete;
     ``last_checkpoint`` is replaced only after that; outdated checkpoints are removed last, so
     there is always a good one (the parent removes them before it writes). Training resumed with
-    ``--resume`` therefore starts from the last complete checkpoint.
+    ``--resume`` therefore starts from the last complete checkpoint. Only ``save_best`` is the
+    parent's: it removes the previous best checkpoint before it writes the new one.
 
     Args:
         args, kwargs: As for the parent; ``backend_args`` cannot be given.

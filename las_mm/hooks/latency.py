@@ -107,7 +107,6 @@ class PredictedLatencyHook(Hook):
         find_dynamic_backbone(self._model(runner))  # fail before any work
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        # Also predict where the logger prints, so that no line shows an old value only.
         if not (self.every_n_train_iters(runner, self.interval) or runner.iter == 0):
             return
         prediction = self.predict(collect_activations(self._model(runner)).detach())
