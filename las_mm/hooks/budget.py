@@ -19,7 +19,8 @@ class BudgetHook(Hook):
     A forward hook on the model does it, so the model's class is untouched, and the term is part
     of the wrapped forward: DDP sees it, autocast and gradient accumulation treat it like any
     other loss. Also logged: ``flops_ratio``, ``activation_rate``,
-    ``activation_rate_stage1`` ... (keys without "loss" are not summed).
+    ``activation_rate_stage1`` ... (keys without "loss" are not summed). mmpretrain's classifiers
+    call their own term ``loss``, which hides the total in the log; it is optimised all the same.
 
     Args:
         loss: Config of a budget loss, or the loss. Defaults to
