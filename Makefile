@@ -42,7 +42,8 @@ $(DONE)/torch: requirements/torch.txt | $(DONE)/build
 # --verbose shows the compiler's steps when mmcv has to be built; the whole log stays in .venv.
 $(DONE)/mm: requirements/mm.txt | $(DONE)/torch
 	@echo "== [4/6] OpenMMLab packages ($(if $(WHEELS),mmcv wheel from $(WHEELS),compiling mmcv: about 12 minutes on 2 cores))"
-	@$(if $(WHEELS),PIP_FIND_LINKS=$(abspath $(WHEELS))) CXX=$(CURDIR)/requirements/cxx20.sh LAS_MM_CXX="$${CXX:-g++}" \
+	@export LAS_MM_CXX="$${CXX:-g++}"; \
+	  $(if $(WHEELS),PIP_FIND_LINKS=$(abspath $(WHEELS))) CXX=$(CURDIR)/requirements/cxx20.sh \
 	  $(BIN)/pip install --verbose --no-build-isolation -r requirements/mm.txt 2>&1 \
 	  | tee .venv/mm-install.log \
 	  | sed -nu -e 's/^ *\[\([0-9]*\/[0-9]*\)\] .*/   compiling mmcv \1/p' -e '/^Collecting onedl/p' -e '/^ *Downloading onedl/p' -e '/^Building wheel/p' -e '/^Successfully/p' \
