@@ -13,14 +13,15 @@ WHEELS ?= $(wildcard ../shared/wheels)
 NATIVE := $(wildcard ops/*.cpp ops/*/*.cpp ops/*/*.h ops/*/*.cu ops/*/*.cuh)
 FAST := -m "not slow"
 
-.PHONY: help setup test test-slow lint demo clean
+.PHONY: help setup test test-slow lint demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
 	@echo "make test       lint, type check and tests that take seconds"
 	@echo "make test-slow  also the tests that train for minutes"
 	@echo "make setup      only the environment in .venv"
-	@echo "make clean      remove .venv, build files and the demo's output"
+	@echo "make clean      remove build files and the demo's data and output, to start it anew"
+	@echo "make distclean  remove .venv too"
 
 $(DONE)/venv:
 	@echo "== [1/6] virtual environment in .venv"
@@ -84,4 +85,7 @@ demo: setup $(DEMO)/epoch_20.pth
 	@echo "pictures: $(DEMO)/pictures (detections beside the computed patches), curves: $(DEMO)/curves.png"
 
 clean:
-	rm -rf .venv build *.egg-info las_mm/_C*.so $(DEMO) data/demo_coco
+	rm -rf build $(DEMO) data/demo_coco
+
+distclean: clean
+	rm -rf .venv *.egg-info las_mm/_C*.so

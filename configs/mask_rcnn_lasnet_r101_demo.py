@@ -9,7 +9,7 @@ import os
 
 _base_ = "./mask_rcnn_lasnet_r101.py"
 
-data_root = os.environ.get("LAS_MM_COCO", "data/demo_coco").rstrip("/") + "/"
+data_root = (os.environ.get("LAS_MM_COCO") or "data/demo_coco").rstrip("/") + "/"
 scale = (256, 256)
 train_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -41,15 +41,15 @@ class BudgetLoss(nn.Module):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 < target <= 1:
-            raise ValueError(f"target of BudgetLoss must be in (0, 1], got {target!r}")
-        if not 0 < release <= 1:
-            raise ValueError(f"release of BudgetLoss must be in (0, 1], got {release!r}")
+        for name, value in dict(target=target, release=release).items():
+            if not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ValueError(f"{name} of BudgetLoss must be in (0, 1], got {value!r}")
         weights = dict(
             network_weight=network_weight, bounds_weight=bounds_weight, loss_weight=loss_weight
         )
         for name, value in weights.items():
-            if not value >= 0 or math.isinf(value):
+            number = isinstance(value, (int, float))
+            if not number or not value >= 0 or math.isinf(value):
                 raise ValueError(f"{name} of BudgetLoss must be finite and >= 0, got {value!r}")
         self.target = target
         self.network_weight = network_weight

@@ -132,34 +132,53 @@ def build_model(cfg: Config) -> nn.Module:
         raise UserError(f"the config's model cannot be built: {_last_line(cause)}") from error
 
 
+def hook_name(hook: dict) -> str:
+    """The registered name of a hook's config, whose type may be given as a class.
+
+    Raises:
+        UserError: It has no type.
+    """
+    kind = hook.get("type") if isinstance(hook, dict) else None
+    if kind is None:
+        raise UserError(f"custom_hooks of the config: {hook!r} needs type='las_mm....'")
+    if isinstance(kind, str):
+        return kind
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+
 def check_hooks(cfg: Config, model: nn.Module) -> None:
     """Our hooks accept their arguments and the model has the backbone they need.
 
     Raises:
         UserError: One of them does not.
     """
+    from las_mm.hooks import BudgetHook, IterationSeedHook
     from las_mm.models.activation import find_dynamic_backbone
 
-    ours = [
-        hook
-        for hook in cfg.get("custom_hooks") or []
-        if isinstance(hook, dict) and str(hook.get("type")).startswith("las_mm.")
-    ]
-    try:
-        for hook in ours:
-            HOOKS.build(dict(hook))
-        if any(hook["type"] != "las_mm.IterationSeedHook" for hook in ours):
-            find_dynamic_backbone(model)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(f"custom_hooks of the config: {_last_line(error)}") from error
+    for hook in cfg.get("custom_hooks") or []:
+        name = hook_name(hook)
+        if not name.startswith("las_mm."):
+            continue
+        try:
+            built = HOOKS.build(dict(hook))
+            if isinstance(built, BudgetHook):
+                built.attach(model)
+                built.remove()
+            elif not isinstance(built, IterationSeedHook):
+                find_dynamic_backbone(model)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise UserError(f"custom_hooks of the config, {name}: {_last_line(error)}") from error
 
 
-def check_pretrained(cfg: Config) -> None:
-    """The backbone's initial weights can be fetched and read.
+def check_pretrained(cfg: Config, model: nn.Module) -> None:
+    """The backbone's initial weights can be fetched and read, and are of its architecture.
+
+    Maskers may be missing (static weights have none), a classifier may be there in addition.
 
     Raises:
-        UserError: They cannot; the message names LAS_MM_PRETRAINED and ``none``.
+        UserError: They cannot or are not; the message names LAS_MM_PRETRAINED and ``none``.
     """
+    way_out = "set LAS_MM_PRETRAINED to a checkpoint file or URL, or to none to start from scratch"
     init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
     for entry in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]:
         if not isinstance(entry, dict) or entry.get("type") != "Pretrained":
@@ -168,15 +187,40 @@ def check_pretrained(cfg: Config) -> None:
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         try:
-            checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
-            state_dict(checkpoint, source)
+            if _is_remote(source):
+                checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
+            else:
+                checkpoint = load_checkpoint(source)
+            weights = state_dict(checkpoint, source)
         except Exception as error:  # network, file, zip, pickle: the reason is in the message
             raise UserError(
-                f"initial weights {source} cannot be loaded ({_last_line(error)}); set "
-                f"LAS_MM_PRETRAINED to a checkpoint file or URL, or to none to start from scratch"
+                f"initial weights {source} cannot be loaded ({_last_line(error)}); {way_out}"
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
+        prefix = entry.get("prefix") or ""
+        prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
+        own = {
+            key: value
+            for key, value in model.backbone.state_dict().items()
+            if ".masker." not in key and not key.endswith("num_batches_tracked")
+        }
+        missing = [key for key in own if prefix + key not in weights]
+        shapes = [
+            key
+            for key in own
+            if key not in missing and own[key].shape != weights[prefix + key].shape
+        ]
+        if missing or shapes:
+            hint = ""
+            if not prefix and all("backbone." + key in weights for key in own):
+                hint = "; its backbone's are there under --cfg-options "
+                hint += "model.backbone.init_cfg.prefix=backbone."
+            raise UserError(
+                f"initial weights {source} are of another architecture: of {len(own)} weights of "
+                f"the backbone {len(missing)} are missing and {len(shapes)} have another shape, "
+                f"e.g. {(missing + shapes)[0]}{hint}; {way_out}"
+            )
 
 
 def state_dict(checkpoint: object, source: str) -> dict[str, torch.Tensor]:
@@ -205,7 +249,8 @@ def load_checkpoint(path: str, trust: bool = False) -> dict:
         UserError: The file is missing, damaged or needs trust.
     """
     if not osp.isfile(path):
-        raise UserError(f"checkpoint {path} does not exist")
+        problem = "is a folder; name the file in it" if osp.isdir(path) else "does not exist"
+        raise UserError(f"checkpoint {path} {problem}")
     with open(path, "rb") as file:
         if not file.read(2).startswith((b"PK", b"\x80")):  # a zip file, or torch's old pickles
             raise UserError(f"checkpoint {path} is damaged: it is no file that torch.save writes")

@@ -38,5 +38,5 @@ def test_demo_learns(tmp_path):
     metrics = json.loads(log.read_text())
     assert metrics["coco/bbox_mAP_50"] > 0.3
     assert metrics["coco/segm_mAP_50"] > 0.3
-    assert metrics["flops_ratio"] == pytest.approx(0.5, abs=0.1)
+    assert metrics["las_mm/flops_ratio"] == pytest.approx(0.5, abs=0.1)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 12

@@ -33,7 +33,12 @@ def start(config: Path, *args: str) -> subprocess.Popen:
     log = open(config.with_suffix(".log"), "a")  # noqa: SIM115 - the process writes to it
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # atomics on a GPU add in any order
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a group of its own, data workers included
     )
 
 
@@ -92,7 +97,7 @@ def test_killed_training_resumes_as_if_nothing_happened(
     while max(scalars(tmp_path), default=0) < kill_after and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(PATIENCE) == -signal.SIGKILL
     first = scalars(tmp_path)
     assert kill_after <= max(first) < EPOCHS * PER_EPOCH

@@ -14,6 +14,8 @@ import torch
 from mmengine.config import Config
 
 from las_mm import preflight
+from las_mm.hooks import PredictedLatencyHook
+from las_mm.models import LASResNet
 from las_mm.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +149,7 @@ def test_wrong_backbone(option, words, refusal, config):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("1.start=-1", "start of TemperatureHook must be > 0, got -1"),
+        ("1.start=-1", "start of TemperatureHook must be a number > 0, got -1"),
         ("1.type=las_mm.NoHook", "las_mm.NoHook"),
         ("2.loss.target=1.5", "target of BudgetLoss must be in (0, 1], got 1.5"),
         ("3.device=v1000", "v1000"),
@@ -155,7 +157,7 @@ def test_wrong_backbone(option, words, refusal, config):
 )
 def test_wrong_hook(option, words, refusal, config):
     message = refusal("train", config, "--cfg-options", f"custom_hooks.{option}")
-    assert message.startswith("train.py: error: custom_hooks of the config: ")
+    assert message.startswith("train.py: error: custom_hooks of the config, las_mm.")
     assert words in message
 
 
@@ -196,6 +198,51 @@ def test_unreadable_initial_weights(damage, refusal, demo_coco, monkeypatch, tmp
     message = refusal("train", ROOT / "configs" / "retinanet_lasnet_r101.py")
     assert f"initial weights {source} cannot be loaded" in message
     assert "set LAS_MM_PRETRAINED to a checkpoint file or URL, or to none" in message
+
+
+def test_initial_weights_of_another_architecture(
+    refusal, weights, demo_coco, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("LAS_MM_COCO", str(demo_coco))
+    monkeypatch.setenv("LAS_MM_PRETRAINED", str(tmp_path / "weights.pth"))
+    config = ROOT / "configs" / "retinanet_lasnet_r101.py"
+    torch.save({"foo.weight": torch.zeros(3)}, tmp_path / "weights.pth")
+    message = refusal("train", config)
+    assert "are of another architecture" in message and "conv1.weight" in message
+    assert "LAS_MM_PRETRAINED" in message and "none" in message
+
+    net = LASResNet(101, mode="static")
+    static = net.state_dict()
+    torch.save(
+        {f"backbone.{key}": value for key, value in static.items()}, tmp_path / "weights.pth"
+    )
+    assert "init_cfg.prefix=backbone." in refusal("train", config)
+    static["layer1.0.conv1.weight"] = torch.zeros(3, 3)
+    torch.save(static, tmp_path / "weights.pth")
+    assert "1 have another shape, e.g. layer1.0.conv1.weight" in refusal("train", config)
+
+
+def test_static_initial_weights_with_a_classifier_fit(configure, demo_coco, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAS_MM_COCO", str(demo_coco))
+    monkeypatch.setenv("LAS_MM_PRETRAINED", str(tmp_path / "weights.pth"))
+    static = LASResNet(101, mode="static").state_dict()
+    torch.save({**static, "fc.weight": torch.zeros(10, 2048)}, tmp_path / "weights.pth")
+    cfg = configure("train", ROOT / "configs" / "retinanet_lasnet_r101.py")
+    assert cfg.model.backbone.init_cfg.checkpoint == str(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    "hook, words",
+    [
+        (dict(device="v100"), "needs type="),
+        (dict(type=PredictedLatencyHook, device="a100"), "las_mm.PredictedLatencyHook: "),
+    ],
+)
+def test_hooks_without_a_registered_name(hook, words, config):
+    cfg = Config.fromfile(config)
+    cfg.custom_hooks = [hook]
+    with pytest.raises(preflight.UserError, match=words):
+        preflight.check_hooks(cfg, preflight.build_model(cfg))
 
 
 def resumed(tool: str, path: object) -> list:

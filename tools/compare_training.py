@@ -15,6 +15,7 @@ import sys
 import time
 
 from mmengine.config import DictAction
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from rich.progress import track
@@ -33,7 +34,7 @@ class Contestant:
         preflight.check_data(self.cfg, ("train_dataloader",))
         self.model = preflight.build_model(self.cfg)
         preflight.check_hooks(self.cfg, self.model)
-        preflight.check_pretrained(self.cfg)
+        preflight.check_pretrained(self.cfg, self.model)
         self.model.init_weights()
         self.model.train()
         self.optimiser = build_optim_wrapper(self.model, self.cfg.optim_wrapper)
@@ -67,6 +68,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    # The initialisation of every layer is not what one came to see.
+    MMLogger.get_instance("mmengine", log_level="WARNING")
     try:
         first, second = (Contestant(c, args.cfg_options) for c in (args.config, args.twin))
     except preflight.UserError as error:

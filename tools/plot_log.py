@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
 Curves = dict[str, list[tuple[float, float]]]
 
 
@@ -65,6 +66,7 @@ def draw(runs: dict[str, Curves], out: Path) -> None:
             latency.plot(*zip(*curves["static_latency_ms"]), style, color="C3", label=label)
             # Input sizes differ from batch to batch: the ratio is what training moves.
             ratio.plot(*zip(*curves["latency_ratio"]), style, color="C0", alpha=0.8)
+            latency.plot([], [], style, color="C0", label=prefix + "ratio (right)")
     losses.set(title="losses", yscale="log")
     rates.set(title="FLOPs ratio and activation rates", ylim=(0, 1.05))
     latency.set(title="predicted latency", ylabel="ms per image")
@@ -73,7 +75,7 @@ def draw(runs: dict[str, Curves], out: Path) -> None:
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="x-small", framealpha=0.5)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 
@@ -99,6 +101,8 @@ def main() -> None:
     parser.add_argument("work_dirs", nargs="+", type=Path, help="work folders of trainings")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture")
     args = parser.parse_args()
+    if args.out.suffix not in SUFFIXES:
+        parser.error(f"--out must end in one of {', '.join(SUFFIXES)}, got {args.out}")
     runs = {folder.resolve().name: read_logs(folder) for folder in args.work_dirs}
     if len(runs) < len(args.work_dirs):
         parser.error("work folders to compare must differ in their last name")

@@ -61,7 +61,7 @@ def configure(args: argparse.Namespace):
     if find_dynamic_backbones(model):
         latency = dict(type="las_mm.PredictedLatencyHook")
         for hook in list(hooks):
-            if hook["type"] == latency["type"]:
+            if preflight.hook_name(hook) == latency["type"]:
                 hooks.remove(hook)
                 latency = dict(hook)
         if args.device is not None:

@@ -76,7 +76,7 @@ def configure(args: argparse.Namespace):
         # The checkpoint replaces all weights: the runner must not fetch initial ones first.
         cfg.model.get("backbone", {}).pop("init_cfg", None)
     else:
-        preflight.check_pretrained(cfg)
+        preflight.check_pretrained(cfg, model)
     preflight.prepare_device(cfg)
     preflight.reset_scope()
     return cfg

@@ -8,8 +8,8 @@ LAS_MM_PRETRAINED  initial backbone weights: a file, a URL, or 'none' to start f
 import os
 
 las_mm = dict(
-    data_root=os.environ.get("LAS_MM_COCO", "data/coco").rstrip("/") + "/",
-    pretrained=os.environ.get("LAS_MM_PRETRAINED", "torchvision://resnet101"),
+    data_root=(os.environ.get("LAS_MM_COCO") or "data/coco").rstrip("/") + "/",
+    pretrained=os.environ.get("LAS_MM_PRETRAINED") or "torchvision://resnet101",
 )
 las_mm.update(
     backbone=dict(

@@ -40,6 +40,11 @@ class BudgetHook(Hook):
     def __init__(self, loss: dict | BudgetLoss | None = None) -> None:
         loss = dict(type="las_mm.BudgetLoss", target=0.5) if loss is None else loss
         self.loss: BudgetLoss = MODELS.build(loss) if isinstance(loss, dict) else loss
+        if not callable(self.loss):
+            raise ValueError(
+                f"loss of BudgetHook must be a config such as dict(type='las_mm.BudgetLoss', "
+                f"target=0.5), got {loss!r}"
+            )
         self._progress = 0.0
         self._handle = None
 
@@ -53,8 +58,16 @@ class BudgetHook(Hook):
         self.remove()
 
     def attach(self, model: nn.Module) -> None:
-        """Add the losses to what ``model`` returns in loss mode, until :meth:`remove`."""
-        find_dynamic_backbone(model)
+        """Add the losses to what ``model`` returns in loss mode, until :meth:`remove`.
+
+        Raises:
+            ValueError: The model has no dynamic backbone, or one whose stages are all static.
+        """
+        if not find_dynamic_backbone(model).maskers():
+            raise ValueError(
+                "every stage of the backbone is static, so BudgetHook has nothing to hold to a "
+                "budget: set mode of the backbone to 'spatial' or 'layer', or remove the hook"
+            )
         self.remove()
         self._handle = model.register_forward_hook(self._add_losses, with_kwargs=True)
 

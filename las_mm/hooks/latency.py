@@ -152,5 +152,6 @@ class PredictedLatencyHook(Hook):
     def _publish(self, runner, mode: str) -> None:
         self._summary.reduce()
         for key, value in self._summary.metrics().items():
-            runner.message_hub.update_scalar(f"{mode}/{key}", value)
+            # A name of its own: loggers drop the mode, and validation counts steps in epochs.
+            runner.message_hub.update_scalar(f"{mode}/las_mm/{key}", value)
         runner.logger.info("\n" + self._summary.table(self.device.name))

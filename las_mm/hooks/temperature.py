@@ -51,10 +51,11 @@ class TemperatureHook(Hook):
                 f"got {schedule!r}"
             )
         for name, value in dict(start=start, end=end).items():
-            if not value > 0:
-                raise ValueError(f"{name} of TemperatureHook must be > 0, got {value!r}")
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name} of TemperatureHook must be a number > 0, got {value!r}")
         if noise_fade is not None:
-            if len(noise_fade) != 2 or not 0 <= noise_fade[0] < noise_fade[1] <= 1:
+            pair = isinstance(noise_fade, (list, tuple)) and len(noise_fade) == 2
+            if not pair or not 0 <= noise_fade[0] < noise_fade[1] <= 1:
                 raise ValueError(
                     f"noise_fade of TemperatureHook must be (begin, end) with "
                     f"0 <= begin < end <= 1, got {noise_fade!r}"

@@ -62,7 +62,8 @@ class DynamicBottleneck(Bottleneck):
         else:
             coarse = self.masker(x, self.granularity * self.stride)
             mask = expand_mask(coarse, self.granularity, out_hw)
-            if coarse.requires_grad:
+            # Tracing (mmdet's FLOPs counters) records sizes as tensors, which the op cannot take.
+            if coarse.requires_grad or torch.jit.is_tracing():
                 rate = mask.mean()
                 halo = dilate_mask(mask, conv1_hw, self.conv2_stride, self.dilation)
                 rate_dilated = halo.mean()
@@ -91,6 +92,10 @@ class DynamicBottleneck(Bottleneck):
             # One pass for "times mask, plus identity".
             out = torch.addcmul(identity, out, mask.to(out.dtype))
         return self.relu(out)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles start without a record: it may hold the graph of a training step.
+        return {**self.__dict__, "activation": None}
 
     def extra_repr(self) -> str:
         patch = f", S={self.granularity}" if self.mode == "spatial" else ""

@@ -120,6 +120,15 @@ class LASResNet(ResNet):
         if isinstance(granularity, (list, tuple)) and len(granularity) == 4 > num_stages:
             granularity = granularity[:num_stages]  # the default serves shorter networks too
         self.granularity = _per_block(granularity, stage_blocks)
+        for index in kwargs.get("out_indices", ()):
+            if index not in range(num_stages):
+                raise ValueError(
+                    f"out_indices must name stages 0 to {num_stages - 1}, got {index!r}"
+                )
+        if kwargs.get("frozen_stages", -1) > num_stages:
+            raise ValueError(
+                f"frozen_stages must be -1 to {num_stages}, got {kwargs['frozen_stages']}"
+            )
         self.freeze_maskers = freeze_maskers
         self._input_hw: tuple[int, int] | None = None
         self._shapes: dict[tuple[int, int], NetworkShape] = {}
@@ -159,11 +168,11 @@ class LASResNet(ResNet):
         Raises:
             RuntimeError: No forward pass yet.
         """
-        if self._input_hw is None:
+        activations = [block.activation for block in self.blocks()]
+        if self._input_hw is None or None in activations:
             raise RuntimeError(
                 "LASResNet has no activations before its first forward pass; run it on an input"
             )
-        activations = [block.activation for block in self.blocks()]
         return NetworkActivation(
             shape=self.network_shape(self._input_hw),
             rates=torch.stack([a.rate for a in activations]),

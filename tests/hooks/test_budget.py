@@ -297,3 +297,11 @@ def test_other_modes_are_untouched(model):
     tensors = model(**data, mode="tensor")
     torch.testing.assert_close(tensors, expected)
     assert "loss_budget" not in model(**data, mode="loss")  # a validation loss
+
+
+def test_nothing_to_budget():
+    model = classifier(mode="static")
+    with pytest.raises(ValueError, match="every stage of the backbone is static"):
+        BudgetHook().attach(model)
+    with pytest.raises(ValueError, match="loss of BudgetHook.*0.5"):
+        BudgetHook(loss=0.5)

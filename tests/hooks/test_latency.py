@@ -193,18 +193,21 @@ def test_logs_of_training_and_validation(tiny_config, tmp_path):
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     train, val = [e for e in entries if "loss" in e], [e for e in entries if "loss" not in e]
     assert (len(train), len(val)) == (3, 1)
-    for entry in (*train, *val):
-        ratio = entry["latency_ms"] / entry["static_latency_ms"]
-        assert entry["latency_ratio"] == pytest.approx(ratio, rel=1e-4)
+    for entries, prefix in ((train, ""), (val, "las_mm/")):
+        for entry in entries:
+            ratio = entry[f"{prefix}latency_ms"] / entry[f"{prefix}static_latency_ms"]
+            assert entry[f"{prefix}latency_ratio"] == pytest.approx(ratio, rel=1e-4)
+    # One name, one step axis: training counts iterations, validation epochs.
+    assert not {"latency_ms", "flops_ratio"} & val[0].keys()
     assert all("flops_ratio" in entry and "temperature" in entry for entry in train)
     dynamic, whole, rates = np.array(seen).T
     assert len(seen) == 3
-    assert val[0]["flops_ratio"] == pytest.approx(dynamic.sum() / whole.sum(), rel=1e-5)
-    assert val[0]["activation_rate"] == pytest.approx(rates.mean(), rel=1e-5)
+    assert val[0]["las_mm/flops_ratio"] == pytest.approx(dynamic.sum() / whole.sum(), rel=1e-5)
+    assert val[0]["las_mm/activation_rate"] == pytest.approx(rates.mean(), rel=1e-5)
     for stage in (1, 2, 3, 4):
-        assert 0 <= val[0][f"activation_rate_stage{stage}"] <= 1
+        assert 0 <= val[0][f"las_mm/activation_rate_stage{stage}"] <= 1
     scalars = runner.message_hub.log_scalars
-    assert scalars["val/latency_ms"].current() == pytest.approx(val[0]["latency_ms"])
+    assert scalars["val/las_mm/latency_ms"].current() == pytest.approx(val[0]["las_mm/latency_ms"])
 
     (text,) = (path.read_text() for path in tmp_path.glob("*/*.log"))
     assert "3 images, latency predicted for" in text

@@ -99,9 +99,9 @@ def test_model_without_a_dynamic_backbone_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(start=0.0), "start of TemperatureHook must be > 0, got 0.0"),
-        (dict(end=-0.1), "end of TemperatureHook must be > 0, got -0.1"),
-        (dict(start=float("nan")), "start of TemperatureHook must be > 0, got nan"),
+        (dict(start=0.0), "start of TemperatureHook must be a number > 0, got 0.0"),
+        (dict(end=-0.1), "end of TemperatureHook must be a number > 0, got -0.1"),
+        (dict(start=float("nan")), "start of TemperatureHook must be a number > 0, got nan"),
         (dict(noise_fade=(0.8, 0.4)), "noise_fade of TemperatureHook must be"),
         (dict(noise_fade=(0.5, 1.2)), "noise_fade of TemperatureHook must be"),
         (dict(schedule="linear"), "one of constant, exponential, got 'linear'"),

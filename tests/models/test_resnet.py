@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from mmpretrain.models.backbones import ResNet
@@ -104,6 +106,8 @@ def test_rates_count_real_outputs_not_patches():
     "kwargs, words",
     [
         (dict(depth=18), ["depth", "18", "50, 101, 152"]),
+        (dict(out_indices=(0, 7)), ["out_indices", "7", "0 to 3"]),
+        (dict(frozen_stages=5), ["frozen_stages", "5"]),
         (dict(mode="channels"), ["mode", "channels", "spatial"]),
         (dict(mode=["spatial"] * 3), ["mode", "one per stage"]),
         (dict(granularity=0), ["granularity", "0"]),
@@ -196,3 +200,23 @@ def test_v1d_matches_parent_geometry():
     shape = net.network_shape((64, 64))
     assert [layer.name for layer in shape.stem][-1] == "stem.maxpool" and len(shape.stem) == 4
     assert shape.blocks[3].downsample_pool and not shape.blocks[0].downsample_pool
+
+
+def test_copies_after_a_training_step():
+    net = LASResNet(50, **SMALL).train()
+    net(torch.randn(2, 3, 64, 64))
+    twin = copy.deepcopy(net)
+    with pytest.raises(RuntimeError, match="forward"):
+        collect_activations(twin)
+    collect_activations(net)  # the original keeps its record
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(twin.eval()(images), net.eval()(images))
+
+
+def test_tracing_as_flops_counters_do():
+    net = randomize(LASResNet(50, **SMALL)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, images, check_trace=False)
+        torch.testing.assert_close(traced(images), net(images))
