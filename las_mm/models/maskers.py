@@ -43,6 +43,9 @@ class SpatialMasker(nn.Module):
         temperature: Gumbel-softmax temperature tau, set by ``TemperatureHook``.
         noise: Scale of the Gumbel noise, set by ``TemperatureHook``; 1 is the papers' sampling,
             0 decides in training as in eval mode.
+        offset: Added to the difference of the logits, (N or 1, 1, h, w) or ``None``; an infinite
+            value forces the decision of a patch while the masker still does (and costs) its work.
+            A tool for benchmarks and pictures, so it is in no checkpoint.
     """
 
     def __init__(self, in_channels: int, keep_bias: float = 5.0) -> None:
@@ -51,6 +54,7 @@ class SpatialMasker(nn.Module):
         self.keep_bias = keep_bias
         self.temperature = 1.0
         self.noise = 1.0
+        self.offset: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,6 +87,8 @@ class SpatialMasker(nn.Module):
         """The decision per patch, see :meth:`logits`: (N, 1, h, w) float32 of zeros and ones."""
         logits = self.logits(x, patch)
         keep = logits[:, :1] - logits[:, 1:]
+        if self.offset is not None:
+            keep = keep + self.offset.to(keep)
         if not self.training:
             return (keep >= 0).float()
         keep = keep + self.noise * gumbel_difference(keep)

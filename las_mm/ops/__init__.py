@@ -1,0 +1,45 @@
+"""The ops of ``las_mm::``: schemas, reference implementations, fake kernels, public functions.
+
+The reference implementation of an op is plain PyTorch and registered for every back end; a native
+kernel (ops/ at the top of the repository, built as ``las_mm._C``) takes precedence where the
+dispatcher has one. Importing this package loads the extension, or says once why the reference
+implementations run instead.
+
+A *mask* is (N, 1, ceil(H_out/S), ceil(W_out/S)): one decision per image and patch of S x S outputs,
+patches at the right and bottom edges may be smaller. Feature maps are (N, C, H, W), read in any
+memory format and written channels_last. LASNet (arXiv 2210.06223), section 3.
+"""
+
+from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
+from las_mm.ops.convolution import (
+    conv1x1_scatter_add_,
+    conv_pool_stem,
+    gather_conv3x3,
+    masker_conv1x1,
+)
+from las_mm.ops.library import load_native
+from las_mm.ops.masks import LAYER, dilate_mask, spatial_mask
+from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
+
+__all__ = [
+    "LAYER",
+    "conv1x1_scatter_add_",
+    "conv_pool_stem",
+    "dilate_mask",
+    "gather_conv3x3",
+    "masker_conv1x1",
+    "native_available",
+    "pack_conv",
+    "pack_stem",
+    "pack_winograd",
+    "sparse_bottleneck",
+    "sparse_bottleneck_",
+    "spatial_mask",
+]
+
+_NATIVE = load_native()
+
+
+def native_available() -> bool:
+    """Whether the native kernels are loaded; if not, the reference implementations run."""
+    return _NATIVE

@@ -1,0 +1,261 @@
+"""A whole bottleneck as one op, so that a back end can keep its intermediates in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from las_mm.ops.convolution import (
+    CHANNELS_LAST,
+    check_mask,
+    check_packed,
+    convolve,
+    empty_map,
+    expand,
+)
+from las_mm.ops.library import LIBRARY
+from las_mm.ops.masks import ceil_div, check_map, check_strides, check_vector
+from las_mm.ops.packing import unpack_conv
+
+_SCHEMA = (
+    "Tensor? mask, Tensor[] weights, Tensor[] biases, Tensor? winograd, Tensor? shortcut, "
+    "int granularity, int[2] strides, int dilation, int groups, float winograd_cost"
+)
+
+
+class _Arguments(NamedTuple):
+    """All arguments after ``x``, see :func:`sparse_bottleneck`."""
+
+    mask: Tensor | None
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    winograd: Tensor | None
+    shortcut: Tensor | None
+    granularity: int
+    strides: Sequence[int]
+    dilation: int
+    groups: int
+    winograd_cost: float
+
+
+def _check(x: Tensor, a: _Arguments) -> list[int]:
+    """Raise ValueError as ops/cpu/sparse_bottleneck.cpp does; return (H, W) of the output."""
+    check_map(x, "x")
+    check_strides(a.strides, a.dilation)
+    if len(a.weights) not in (3, 4) or len(a.biases) != len(a.weights):
+        raise ValueError(
+            "weights and biases must be those of conv1, conv2, conv3 and, where there is one, the "
+            f"downsample convolution, got {len(a.weights)} and {len(a.biases)}"
+        )
+    width, c_out = a.biases[0].numel(), a.biases[2].numel()
+    if a.groups <= 0 or width % a.groups:
+        raise ValueError(f"groups must be positive and divide {width} channels, got {a.groups}")
+    for i, bias in enumerate(a.biases):
+        check_vector(bias, f"biases[{i}]", width if i < 2 else c_out, torch.float32, x)
+    if not a.winograd_cost >= 0:
+        raise ValueError(f"winograd_cost must be a number from 0 up, got {a.winograd_cost}")
+    check_packed(a.weights[0], "weights[0]", width, x.shape[1], 1, 1, x)
+    check_packed(a.weights[2], "weights[2]", c_out, width, 1, 1, x)
+    if a.winograd is not None:
+        if x.dtype != torch.float32 or (a.strides[1], a.dilation, a.groups) != (1, 1, 1):
+            raise ValueError(
+                "winograd must be None unless conv2 is float32 with stride, dilation and groups 1, "
+                f"got {x.dtype}, stride {a.strides[1]}, dilation {a.dilation}, groups {a.groups}"
+            )
+        check_packed(a.winograd, "winograd", width, width, 16, 1, x)
+    if a.winograd is None or a.weights[1].numel():  # one of the two forms may be left out
+        check_packed(a.weights[1], "weights[1]", width, width // a.groups, 9, a.groups, x)
+    size = [ceil_div(ceil_div(n, a.strides[0]), a.strides[1]) for n in x.shape[2:]]
+    _check_shortcut(x, a, c_out, size)
+    if a.mask is not None:
+        check_mask(a.mask, "mask", x, size, a.granularity)
+    return size
+
+
+def _check_shortcut(x: Tensor, a: _Arguments, c_out: int, size: list[int]) -> None:
+    if len(a.weights) == 3:
+        if a.shortcut is not None:
+            raise ValueError("shortcut must be None without a downsample convolution")
+        if c_out != x.shape[1] or list(a.strides) != [1, 1]:
+            raise ValueError(
+                f"a block without downsample convolution must have strides [1, 1] and "
+                f"{x.shape[1]} output channels, got {list(a.strides)} and {c_out}"
+            )
+        return
+    source = x if a.shortcut is None else a.shortcut
+    if a.shortcut is not None:
+        check_map(source, "shortcut")
+        if source.dtype != x.dtype or source.device != x.device:
+            raise ValueError(
+                f"shortcut must be {x.dtype} on {x.device} as x is, got {source.dtype} on "
+                f"{source.device}"
+            )
+        if [source.shape[0], *source.shape[2:]] != [x.shape[0], *size]:
+            raise ValueError(
+                f"shortcut must have {x.shape[0]} images of {size[0]}x{size[1]}, got "
+                f"{list(source.shape)}"
+            )
+    check_packed(a.weights[3], "weights[3]", c_out, source.shape[1], 1, 1, x)
+
+
+def _check_in_place(a: _Arguments) -> None:
+    if len(a.weights) == 4:
+        raise ValueError("weights must have no downsample convolution to work in place")
+
+
+def _reference(x: Tensor, *arguments) -> Tensor:
+    a = _Arguments(*arguments)
+    size = _check(x, a)
+    out = convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1).relu().to(x.dtype)
+    if a.weights[1].numel():
+        out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
+    else:
+        out = _winograd(out, a.winograd, a.biases[1])
+    out = convolve(out.relu().to(x.dtype), a.weights[2], a.biases[2], 1, 1, 1, 1)
+    if a.mask is not None:
+        kept = expand(a.mask, "mask", size, a.granularity)
+        out = torch.where(kept, out, out.new_zeros(()))
+    if len(a.weights) == 3:
+        out = out + x.float()
+    elif a.shortcut is not None:
+        out = out + convolve(a.shortcut, a.weights[3], a.biases[3], 1, 1, 1, 1)
+    else:
+        out = out + convolve(x, a.weights[3], a.biases[3], 1, a.strides[0] * a.strides[1], 1, 1)
+    return out.relu().to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _winograd(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    """F(2x2, 3x3) by its definition, arXiv 1509.09308, equation 8."""
+    transformed = unpack_conv(packed, bias.numel(), x.shape[1], 16, 1).unflatten(2, (4, 4))
+    b = x.new_tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
+    a = x.new_tensor([[1, 1, 1, 0], [0, 1, -1, -1]])
+    height, width = x.shape[2:]
+    padded = torch.nn.functional.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
+    tiles = padded.unfold(2, 4, 2).unfold(3, 4, 2)  # (N, C, rows, columns, 4, 4)
+    tiles = torch.einsum("ia,nchwab,jb->nchwij", b, tiles, b)
+    tiles = torch.einsum("nchwij,ocij->nohwij", tiles, transformed)
+    tiles = torch.einsum("pi,nohwij,qj->nohpwq", a, tiles, a)
+    out = tiles.flatten(4, 5).flatten(2, 3)
+    return out[:, :, :height, :width] + bias[:, None, None]
+
+
+def _reference_(x: Tensor, *arguments) -> None:
+    a = _Arguments(*arguments)
+    _check_in_place(a)
+    out = _reference(x, *arguments)
+    if a.mask is not None:
+        out = torch.where(expand(a.mask, "mask", x.shape[2:], a.granularity), out, x)
+    x.copy_(out)
+
+
+def _fake(x: Tensor, *arguments) -> Tensor:
+    a = _Arguments(*arguments)
+    return empty_map(x, a.biases[2].numel(), _check(x, a))
+
+
+def _fake_(x: Tensor, *arguments) -> None:
+    a = _Arguments(*arguments)
+    _check_in_place(a)
+    _check(x, a)
+
+
+LIBRARY.define(f"sparse_bottleneck(Tensor x, {_SCHEMA}) -> Tensor")
+LIBRARY.impl("sparse_bottleneck", _reference, "CompositeExplicitAutograd")
+torch.library.register_fake("las_mm::sparse_bottleneck", _fake, lib=LIBRARY)
+LIBRARY.define(f"sparse_bottleneck_(Tensor(a!) x, {_SCHEMA}) -> ()")
+LIBRARY.impl("sparse_bottleneck_", _reference_, "CompositeExplicitAutograd")
+torch.library.register_fake("las_mm::sparse_bottleneck_", _fake_, lib=LIBRARY)
+
+
+def sparse_bottleneck(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    winograd: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    granularity: int = 1,
+    strides: Sequence[int] = (1, 1),
+    dilation: int = 1,
+    groups: int = 1,
+    winograd_cost: float = 1.0,
+) -> Tensor:
+    """relu(shortcut + mask * conv3(relu(conv2(relu(conv1(x)))))), computed at kept outputs only.
+
+    Equation 1 of LASNet (arXiv 2210.06223) with BN folded into the convolutions. No gradient.
+
+    Args:
+        x: Block input, (N, C_in, H, W), float32 or bfloat16.
+        mask: Decision per patch, (N, 1, ceil(H_out/S), ceil(W_out/S)), or ``None``: all are kept.
+        weights: Weights of conv1 (1x1), conv2 (3x3), conv3 (1x1) and, where the block has one, the
+            downsample convolution (1x1), packed by :func:`~las_mm.ops.pack_conv`, dtype of ``x``.
+            conv2's may be empty if ``winograd`` is given.
+        biases: Their biases, float32.
+        winograd: conv2's weight packed by :func:`~las_mm.ops.pack_winograd`; float32 blocks with
+            stride, dilation and groups 1 only.
+        shortcut: What the downsample convolution reads if that is not ``x`` with the block's
+            stride: (N, C, H_out, W_out), e.g. an average-pooled ``x``.
+        granularity: S in output pixels; :data:`LAYER` for one decision per image.
+        strides: Strides of conv1 and conv2.
+        dilation: Dilation (and padding) of conv2.
+        groups: Groups of conv2.
+        winograd_cost: Time of a multiplication in the Winograd form relative to the direct form;
+            decides which of the two serves a mask that cuts through 2x2 tiles.
+
+    Returns:
+        (N, C_out, H_out, W_out), channels_last.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit, or the mask is not finite.
+    """
+    return torch.ops.las_mm.sparse_bottleneck(
+        x,
+        mask,
+        weights,
+        biases,
+        winograd,
+        shortcut,
+        granularity,
+        strides,
+        dilation,
+        groups,
+        winograd_cost,
+    )
+
+
+def sparse_bottleneck_(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    winograd: Tensor | None = None,
+    granularity: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    winograd_cost: float = 1.0,
+) -> Tensor:
+    """:func:`sparse_bottleneck` of a block without downsample convolution, written into ``x``.
+
+    Dropped positions cost nothing: they are left as they are, which is what the block computes as
+    long as ``x`` is not negative there, i.e. the output of a ReLU.
+
+    Returns:
+        ``x``.
+    """
+    torch.ops.las_mm.sparse_bottleneck_(
+        x,
+        mask,
+        weights,
+        biases,
+        winograd,
+        None,
+        granularity,
+        (1, 1),
+        dilation,
+        groups,
+        winograd_cost,
+    )
+    return x
