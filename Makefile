@@ -13,12 +13,13 @@ WHEELS ?= $(wildcard ../shared/wheels)
 NATIVE := $(wildcard ops/*.cpp ops/*/*.cpp ops/*/*.h ops/*/*.cu ops/*/*.cuh)
 FAST := -m "not slow"
 
-.PHONY: help setup test test-slow lint demo clean distclean
+.PHONY: help setup test test-slow sanitize lint demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
 	@echo "make test       lint, type check and tests that take seconds"
 	@echo "make test-slow  also the tests that train for minutes"
+	@echo "make sanitize   tests of the ops under AddressSanitizer and UBSan (GCC, 3 minutes to build)"
 	@echo "make setup      only the environment in .venv"
 	@echo "make clean      remove build files and the demo's data and output, to start it anew"
 	@echo "make distclean  remove .venv too"
@@ -73,6 +74,9 @@ test: lint
 
 test-slow: lint
 	$(BIN)/python -m pytest
+
+sanitize: setup
+	PYTHON=$(CURDIR)/$(BIN)/python tests/ops/sanitize.sh
 
 $(DEMO)/epoch_20.pth: $(DEMO_CONFIG) | setup
 	$(BIN)/python tools/make_demo_coco.py

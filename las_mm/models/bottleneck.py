@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from las_mm import ops
+from las_mm.models import sparse
 from las_mm.models.activation import Activation
 from las_mm.models.maskers import SpatialMasker, dilate_mask, expand_mask
 
@@ -38,9 +39,50 @@ class DynamicBottleneck(Bottleneck):
         self.granularity = granularity
         self.masker = None if mode == "static" else SpatialMasker(self.in_channels)
         self.activation: Activation | None = None
+        self.no_fast_form: str | None = None
+        self._fast: sparse.FastBottleneck | None = None
+        self._snapshot: sparse.Snapshot | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        if not self.training and sparse.wanted(x):
+            return self.infer(x)
+        return self._forward(x)
+
+    def infer(self, x: Tensor, in_place: bool = False) -> Tensor:
+        """``forward`` in eval mode without gradients: the fast form where there is one.
+
+        Args:
+            x: (N, C_in, H, W).
+            in_place: Whether ``x`` is the output of a ReLU that nobody else reads, so that it may
+                be overwritten.
+        """
+        fast = self.prepare()
+        if fast is None or x.dtype != fast.weights[0].dtype:
+            return self._forward(x)
+        return fast(self, x, in_place)
+
+    def prepare(self) -> sparse.FastBottleneck | None:
+        """Fold and pack the weights unless that is done; ``None`` if only the training form runs.
+
+        Raises:
+            RuntimeError: Inside ``torch.compile`` or ``torch.export`` before the first call.
+        """
+        if torch.compiler.is_compiling():
+            if self._snapshot is None:
+                raise RuntimeError(sparse.PREPARE_FIRST)
+            return self._fast
+        if self._snapshot is None or self._snapshot.stale():
+            try:
+                self._fast = sparse.FastBottleneck.of(self)
+                self.no_fast_form = None
+            except sparse.Unsupported as reason:
+                self._fast = None
+                self.no_fast_form = str(reason)
+            self._snapshot = sparse.Snapshot(self)
+        return None if self._snapshot.hooked() else self._fast
+
+    def _forward(self, x: Tensor) -> Tensor:
         mask = None
         if self.masker is None:
             self.activation = Activation.full(x)
@@ -95,7 +137,12 @@ class DynamicBottleneck(Bottleneck):
 
     def __getstate__(self) -> dict:
         # Copies and pickles start without a record: it may hold the graph of a training step.
-        return {**self.__dict__, "activation": None}
+        # Packed weights are derived.
+        return {**self.__dict__, "activation": None, "_fast": None, "_snapshot": None}
+
+    def _apply(self, *args, **kwargs) -> DynamicBottleneck:
+        self._fast = self._snapshot = None  # .to() may swap the data of a parameter in place
+        return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:
         patch = f", S={self.granularity}" if self.mode == "spatial" else ""

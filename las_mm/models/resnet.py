@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import ResLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape, PoolShape
+from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.bottleneck import MODES, DynamicBottleneck
 from las_mm.models.maskers import SpatialMasker
@@ -132,6 +133,8 @@ class LASResNet(ResNet):
         self.freeze_maskers = freeze_maskers
         self._input_hw: tuple[int, int] | None = None
         self._shapes: dict[tuple[int, int], NetworkShape] = {}
+        self._fast_stem: sparse.FastStem | None = None
+        self._snapshot: sparse.Snapshot | None = None
         super().__init__(depth, **kwargs)
 
     def make_res_layer(self, **kwargs) -> ResLayer:
@@ -145,7 +148,63 @@ class LASResNet(ResNet):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, H, W) -> the feature maps of ``out_indices``; any H and W."""
         self._input_hw = (x.shape[-2], x.shape[-1])
+        if not self.training and sparse.wanted(x):
+            return self._infer(x)
         return super().forward(x)
+
+    def _infer(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``forward`` on the fast forms; the stream of features is updated in place in a stage."""
+        stem = self._prepare_stem()
+        if stem is not None and x.dtype == stem.weight.dtype:
+            x = stem(x)
+        else:
+            x = self._dense_stem(x)
+        outs = []
+        for i, name in enumerate(self.res_layers):
+            stage = getattr(self, name)
+            if sparse.has_hooks(stage):
+                x = stage(x)
+            else:
+                mine = False  # the stage's input belongs to the stage before
+                for block in stage:
+                    hooked = sparse.has_hooks(block)
+                    x = block(x) if hooked else block.infer(x, in_place=mine)
+                    mine = not hooked  # a hook may have kept the output
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+    def _dense_stem(self, x: Tensor) -> Tensor:
+        if self.deep_stem:
+            return self.maxpool(self.stem(x))
+        return self.maxpool(self.relu(self.norm1(self.conv1(x))))
+
+    def prepare(self) -> None:
+        """Fold and pack all weights for inference; see :func:`las_mm.models.sparse.prepare`."""
+        self._prepare_stem()
+        for block in self.blocks():
+            block.prepare()
+
+    def _prepare_stem(self) -> sparse.FastStem | None:
+        if torch.compiler.is_compiling():
+            if self._snapshot is None:
+                raise RuntimeError(sparse.PREPARE_FIRST)
+            return self._fast_stem
+        if self._snapshot is None or self._snapshot.stale():
+            try:
+                self._fast_stem = sparse.FastStem.of(self)
+            except sparse.Unsupported:
+                self._fast_stem = None
+            parts = [self.stem] if self.deep_stem else [self.conv1, self.norm1, self.relu]
+            self._snapshot = sparse.Snapshot(nn.ModuleList([*parts, self.maxpool]))
+        return None if self._snapshot.hooked() else self._fast_stem
+
+    def _apply(self, *args, **kwargs) -> LASResNet:
+        self._fast_stem = self._snapshot = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_fast_stem": None, "_snapshot": None}
 
     def blocks(self) -> list[DynamicBottleneck]:
         """All blocks in network order."""

@@ -10,6 +10,8 @@ patches at the right and bottom edges may be smaller. Feature maps are (N, C, H,
 memory format and written channels_last. LASNet (arXiv 2210.06223), section 3.
 """
 
+import torch
+
 from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
 from las_mm.ops.convolution import (
     conv1x1_scatter_add_,
@@ -25,8 +27,10 @@ __all__ = [
     "LAYER",
     "conv1x1_scatter_add_",
     "conv_pool_stem",
+    "cpu_isa",
     "dilate_mask",
     "gather_conv3x3",
+    "has_kernels",
     "masker_conv1x1",
     "native_available",
     "pack_conv",
@@ -43,3 +47,32 @@ _NATIVE = load_native()
 def native_available() -> bool:
     """Whether the native kernels are loaded; if not, the reference implementations run."""
     return _NATIVE
+
+
+_DEVICES_WITH_KERNELS = frozenset(
+    device
+    for device in ("cpu", "cuda")
+    if _NATIVE
+    and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "las_mm::sparse_bottleneck", device.upper()
+    )
+)
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether native kernels of the sparse ops exist for a device type such as ``'cpu'``."""
+    return device_type in _DEVICES_WITH_KERNELS
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: generic, avx2, avx512 or avx512_bf16.
+
+    The environment variable ``LAS_MM_CPU_ISA`` asks for a lower one.
+
+    Raises:
+        RuntimeError: The native kernels are not built.
+        ValueError: ``LAS_MM_CPU_ISA`` names none of these, or one that this CPU lacks.
+    """
+    if not _NATIVE:
+        raise RuntimeError("the native kernels of las_mm are not built")
+    return torch.ops.las_mm.cpu_isa()

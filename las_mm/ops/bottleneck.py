@@ -81,8 +81,8 @@ def _check_shortcut(x: Tensor, a: _Arguments, c_out: int, size: list[int]) -> No
             raise ValueError("shortcut must be None without a downsample convolution")
         if c_out != x.shape[1] or list(a.strides) != [1, 1]:
             raise ValueError(
-                f"a block without downsample convolution must have strides [1, 1] and "
-                f"{x.shape[1]} output channels, got {list(a.strides)} and {c_out}"
+                "weights must have a downsample convolution unless strides are [1, 1] and the "
+                f"output has {x.shape[1]} channels, got {list(a.strides)} and {c_out}"
             )
         return
     source = x if a.shortcut is None else a.shortcut

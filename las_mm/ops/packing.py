@@ -145,6 +145,7 @@ def pack_stem(weight: Tensor) -> Tensor:
     Returns:
         :func:`pack_conv` of the kernel seen as kh taps of kw * C_in channels.
     """
+    _pack_conv_check(weight, 1)
     out, depth, height, width = weight.shape
     rows = weight.permute(0, 3, 1, 2).reshape(out, width * depth, height, 1)
     return pack_conv(rows)

@@ -16,6 +16,14 @@ LAS_MM_HOST_DEVICE constexpr int64_t ceil_div(int64_t numerator, int64_t denomin
   return numerator / denominator + (numerator % denominator != 0);
 }
 
+// Values of a packed convolution; las_mm/ops/packing.py states the layout. `depth` is the number of
+// input channels of one group, packed in pairs unless the weights are float32.
+LAS_MM_HOST_DEVICE constexpr int64_t packed_numel(int64_t out, int64_t depth, int64_t taps,
+                                                  int64_t groups, bool is_float) {
+  const int64_t rows = is_float ? depth : 2 * ceil_div(depth, 2);
+  return groups * taps * rows * ceil_div(out / groups, 16) * 16;
+}
+
 // One axis of a map cut into patches of `granularity` positions; the last patch may be shorter.
 struct PatchAxis {
   int64_t size;

@@ -9,55 +9,12 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "common/patch_geometry.h"
+#include "cpu/mask_geometry.h"
 
-namespace las_mm {
+namespace las_mm::cpu {
 namespace {
 
 constexpr int64_t kBytesPerTask = 1 << 17;  // about 10 us of work, well above the cost of a fork
-
-struct Geometry {
-  ConvAxis conv_rows, conv_columns;
-  PatchAxis rows, columns;
-};
-
-// Marks the columns that the convolution reads for the kept patches of one patch row.
-void spread_columns(const Geometry& g, const bool* patches, uint8_t* out) {
-  std::fill_n(out, g.conv_columns.input, uint8_t{0});
-  for (int64_t patch = 0; patch < g.columns.patches(); ++patch) {
-    if (!patches[patch]) continue;
-    const int64_t first = patch * g.columns.granularity;
-    for (int64_t o = first; o < first + g.columns.extent(patch); ++o) {
-      for (int tap = -1; tap <= 1; ++tap) {
-        const int64_t i = g.conv_columns.input_of(o, tap);
-        if (i >= 0) out[i] = 1;
-      }
-    }
-  }
-}
-
-// Joins the spread patch rows that read input row `y`; returns the number of marked positions.
-int64_t join_rows(const Geometry& g, const uint8_t* spread, int64_t y, uint8_t* out) {
-  const int64_t width = g.conv_columns.input;
-  std::fill_n(out, width, uint8_t{0});
-  for (int tap = -1; tap <= 1; ++tap) {
-    const int64_t o = g.conv_rows.output_of(y, tap);
-    if (o < 0) continue;
-    const uint8_t* row = spread + g.rows.patch_of(o) * width;
-    for (int64_t x = 0; x < width; ++x) out[x] |= row[x];
-  }
-  return std::accumulate(out, out + width, int64_t{0});
-}
-
-int64_t count_outputs(const Geometry& g, const bool* patches) {
-  int64_t count = 0;
-  for (int64_t r = 0; r < g.rows.patches(); ++r) {
-    for (int64_t c = 0; c < g.columns.patches(); ++c) {
-      count += *patches++ ? g.rows.extent(r) * g.columns.extent(c) : 0;
-    }
-  }
-  return count;
-}
 
 std::tuple<at::Tensor, at::Tensor> dilate_mask(const at::Tensor& mask, int64_t granularity,
                                                at::IntArrayRef size, int64_t stride,
@@ -68,10 +25,7 @@ std::tuple<at::Tensor, at::Tensor> dilate_mask(const at::Tensor& mask, int64_t g
   check_positive(stride, "stride");
   check_positive(dilation, "dilation");
   const int64_t height = size[0], width = size[1];
-  dilation = std::min(dilation, std::max(height, width));  // farther taps read only padding
-  Geometry g{{height, stride, dilation}, {width, stride, dilation}, {}, {}};
-  g.rows = {g.conv_rows.output(), granularity};
-  g.columns = {g.conv_columns.output(), granularity};
+  const MaskGeometry g(height, width, stride, dilation, granularity);
   check_grid(mask, g.rows, g.columns, "mask");
 
   const int64_t images = mask.size(0);
@@ -110,4 +64,4 @@ std::tuple<at::Tensor, at::Tensor> dilate_mask(const at::Tensor& mask, int64_t g
 
 TORCH_LIBRARY_IMPL(las_mm, CPU, m) { m.impl("dilate_mask", &dilate_mask); }
 
-}  // namespace las_mm
+}  // namespace las_mm::cpu

@@ -1,0 +1,263 @@
+"""The contestants: static engines on a plain twin of the network, and las_mm's own forms."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Container, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from las_mm.benchmark.contest import Contestant, check_contestant, check_finite
+from las_mm.benchmark.subject import DTYPES, Subject
+from las_mm.models.activation import collect_activations
+from las_mm.models.flops import flops_report
+from las_mm.models.sparse import masked_dense
+from las_mm.preflight import UserError
+
+# Largest relative error of an output: static engines against eager, las_mm against masked-dense.
+STATIC_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+DYNAMIC_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+class Skip(Exception):
+    """An engine cannot take part; the message is the reason."""
+
+
+def _require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise Skip("not installed: pip install las_mm[benchmark]")
+
+
+def torch_engine(name: str, kind: str, model: nn.Module, x: Tensor) -> Contestant:
+    """A module run by torch as it is."""
+
+    @torch.inference_mode()
+    def run() -> tuple[Tensor, ...]:
+        return model(x)
+
+    return Contestant(name, kind, run)
+
+
+def eager_twin(subject: Subject, memory_format: torch.memory_format) -> nn.Module:
+    """A copy of the twin in the benchmark's dtype."""
+    twin = copy.deepcopy(subject.twin)
+    return twin.to(dtype=DTYPES[subject.dtype], memory_format=memory_format)
+
+
+def build_eager_nchw(subject: Subject) -> Contestant:
+    """PyTorch eager mode, contiguous tensors."""
+    twin = eager_twin(subject, torch.contiguous_format)
+    return torch_engine("eager-nchw", "static", twin, subject.cast_x)
+
+
+def build_eager_nhwc(subject: Subject) -> Contestant:
+    """PyTorch eager mode, channels last."""
+    x = subject.cast_x.contiguous(memory_format=torch.channels_last)
+    return torch_engine("eager-nhwc", "static", eager_twin(subject, torch.channels_last), x)
+
+
+def build_compile(subject: Subject) -> Contestant:
+    """torch.compile with constant weights, channels last."""
+    import torch._inductor.config as inductor
+
+    x = subject.cast_x.contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(eager_twin(subject, torch.channels_last), dynamic=False)
+
+    @torch.no_grad()  # freezing does nothing where gradients may be asked for
+    def run() -> tuple[Tensor, ...]:
+        return compiled(x)
+
+    with inductor.patch(freezing=True):
+        run()
+    return Contestant("compile", "static", run)
+
+
+def build_onnxruntime(subject: Subject) -> Contestant:
+    """ONNX Runtime on its CPU provider, input and outputs bound once."""
+    _require("onnxruntime")
+    _require("onnx")
+    if subject.dtype != "fp32":
+        raise Skip("its CPU provider has no bf16 convolutions")
+    import onnxruntime
+
+    path = subject.work_dir / "twin.onnx"
+    names = [f"stage{i}" for i in range(len(subject.expected))]
+    with torch.no_grad():
+        torch.onnx.export(
+            subject.twin,
+            (subject.x,),
+            str(path),
+            input_names=["x"],
+            output_names=names,
+            opset_version=18,
+            dynamo=False,
+        )
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = subject.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads spin during a run, which is faster, but not into another contestant's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(subject.x.numpy()))
+    for name, output in zip(names, subject.expected):
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(output.shape, "float32")
+        binding.bind_ortvalue_output(name, value)
+
+    def read(_: object) -> list[Tensor]:
+        return [torch.from_numpy(value) for value in binding.copy_outputs_to_cpu()]
+
+    return Contestant(
+        "onnxruntime", "static", lambda: session.run_with_iobinding(binding), read=read
+    )
+
+
+def build_openvino(subject: Subject) -> Contestant:
+    """OpenVINO on the CPU with its latency hint, one infer request with a shared input."""
+    _require("openvino")
+    import openvino
+
+    with torch.no_grad():
+        model = openvino.convert_model(
+            copy.deepcopy(subject.twin), example_input=subject.x, input=list(subject.x.shape)
+        )
+    compiled = openvino.Core().compile_model(
+        model,
+        "CPU",
+        {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(subject.threads),
+            "INFERENCE_PRECISION_HINT": "f32" if subject.dtype == "fp32" else "bf16",
+        },
+    )
+    request = compiled.create_infer_request()
+    array = subject.x.contiguous().numpy()
+    request.set_input_tensor(openvino.Tensor(array, shared_memory=True))
+
+    def read(_: object) -> list[Tensor]:
+        tensors = (request.get_output_tensor(i) for i in range(len(subject.expected)))
+        return [torch.from_numpy(tensor.data.copy()) for tensor in tensors]
+
+    def run() -> None:
+        request.start_async()  # unlike infer(), copies no outputs
+        request.wait()
+
+    return Contestant("openvino", "static", run, read)
+
+
+def build_static(subject: Subject) -> Contestant:
+    """las_mm's runtime on the static form of the network."""
+    return torch_engine("las_mm-static", "ours", subject.static, subject.cast_x)
+
+
+def build_masked_dense(subject: Subject) -> Contestant:
+    """The dynamic network on dense convolutions."""
+    x = subject.cast_x
+
+    @torch.inference_mode()
+    def run() -> tuple[Tensor, ...]:
+        with masked_dense():
+            return subject.dynamic(x)
+
+    return Contestant("masked-dense", "reference", run)
+
+
+def build_dynamic(subject: Subject) -> Contestant:
+    """The dynamic network as las_mm runs it."""
+    return torch_engine("las_mm", "ours", subject.dynamic, subject.cast_x)
+
+
+BUILDERS: dict[str, Callable[[Subject], Contestant]] = {
+    "eager-nchw": build_eager_nchw,
+    "eager-nhwc": build_eager_nhwc,
+    "compile": build_compile,
+    "onnxruntime": build_onnxruntime,
+    "openvino": build_openvino,
+    "las_mm-static": build_static,
+    "masked-dense": build_masked_dense,
+    "las_mm": build_dynamic,
+}
+STATIC_ENGINES = ("eager-nchw", "eager-nhwc", "compile", "onnxruntime", "openvino")
+
+
+def enter_static(
+    subject: Subject, names: Sequence[str], explicit: Container[str], say: Callable[[str], None]
+) -> tuple[list[Contestant], list[dict[str, str]]]:
+    """Build and check all contestants without masks; also say who cannot run, and why.
+
+    Args:
+        subject: The network.
+        names: Engines of :data:`BUILDERS`.
+        explicit: Engines that must be able to run.
+        say: Called with what is being done.
+
+    Returns:
+        The contestants, and ``{'engine': ..., 'reason': ...}`` for those who cannot run.
+
+    Raises:
+        UserError: One computes something else, or one asked for by name cannot run.
+    """
+    contestants, skipped = [], []
+    for name in names:
+        if name in ("masked-dense", "las_mm"):
+            continue
+        say(f"building {name}")
+        try:
+            contestant = BUILDERS[name](subject)
+            tolerance = STATIC_TOLERANCE[subject.dtype]
+            check_contestant(contestant, subject.expected, tolerance, "eager in fp32")
+        except UserError:
+            raise
+        except Exception as error:  # a compiler or engine may raise anything
+            reason = str(error).strip() or "no reason given"
+            if not isinstance(error, Skip):
+                reason = f"{type(error).__name__}: {reason.splitlines()[0]}"
+            if name in explicit:
+                raise UserError(f"engine {name} cannot run: {reason}") from error
+            skipped.append(dict(engine=name, reason=reason))
+        else:
+            contestants.append(contestant)
+    if not any(contestant.kind == "static" for contestant in contestants):
+        raise UserError("no static engine can run: " + "; ".join(s["reason"] for s in skipped))
+    return contestants, skipped
+
+
+def enter_dynamic(
+    subject: Subject, setters: Sequence[Callable[[], None]], say: Callable[[str], None]
+) -> tuple[list[Contestant], list[tuple[float, float]], Contestant]:
+    """Build and check las_mm for each rate.
+
+    Args:
+        subject: The network.
+        setters: Per rate a function that sets the masks.
+        say: Called with what is being done.
+
+    Returns:
+        One contestant per rate; per rate (mean activation rate, FLOPs ratio); the masked-dense
+        network at the first rate.
+
+    Raises:
+        UserError: It computes something else than dense convolutions with the same masks.
+    """
+    contestants, figures = [], []
+    reference = BUILDERS["masked-dense"](subject)
+    for setter in setters:
+        say("comparing las_mm with masked-dense")
+        reference.prepare = setter
+        expected = reference.outputs()
+        check_finite(expected, "the dynamic network")
+        activation = collect_activations(subject.dynamic)
+        figures.append((activation.mean_rate.item(), flops_report(activation).ratio.item()))
+        contestant = BUILDERS["las_mm"](subject)
+        contestant.prepare = setter
+        tolerance = DYNAMIC_TOLERANCE[subject.dtype]
+        check_contestant(contestant, expected, tolerance, "masked-dense")
+        contestants.append(contestant)
+    reference.prepare = setters[0]
+    return contestants, figures, reference

@@ -1,0 +1,296 @@
+"""The fast form of a trained backbone: BN folded, weights packed, run by the sparse ops.
+
+In eval mode without gradients a dynamic backbone runs this form by itself; :func:`prepare` only
+does the work ahead of the first image. Nothing of the training form changes: parameters, names and
+``state_dict`` stay, ``.train()`` goes back, and weights that change are folded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from las_mm import ops
+from las_mm.models.activation import Activation, find_dynamic_backbones
+
+PREPARE_FIRST = (
+    "the fast form has to exist before torch.compile or torch.export: call "
+    "las_mm.prepare(model.eval()) first"
+)
+_DTYPES = (torch.float32, torch.bfloat16)
+_masked_dense = False  # set by masked_dense()
+
+
+@contextmanager
+def masked_dense() -> Iterator[None]:
+    """Run the masked-dense form (dense convolutions, masks multiplied) in this process meanwhile.
+
+    For comparisons: both forms compute the same.
+    """
+    global _masked_dense
+    before, _masked_dense = _masked_dense, True
+    try:
+        yield
+    finally:
+        _masked_dense = before
+
+
+def wanted(x: Tensor) -> bool:
+    """Whether a module in eval mode should run its fast form on ``x``.
+
+    Not under autograd (the fast form has no gradients), autocast, tracing or ONNX export, and only
+    where the back end has native kernels.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not _masked_dense
+        and x.dtype in _DTYPES
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.jit.is_tracing()
+        and not torch.onnx.is_in_onnx_export()
+        and ops.has_kernels(x.device.type)
+    )
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Fold and pack all dynamic backbones inside ``model`` now, not in the first forward pass.
+
+    Needed before ``torch.compile`` and ``torch.export``, optional otherwise.
+
+    Args:
+        model: A model (detector, classifier, backbone) in eval mode.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: No dynamic backbone inside.
+        RuntimeError: The model is in training mode.
+    """
+    backbones = find_dynamic_backbones(model)
+    if not backbones:
+        raise ValueError(
+            f"{type(model).__name__} contains no dynamic backbone such as las_mm.LASResNet"
+        )
+    for name, backbone in backbones:
+        if backbone.training:
+            raise RuntimeError(f"{name or type(backbone).__name__} is in training mode; call .eval()")
+        with torch.no_grad():
+            backbone.prepare()
+    return model
+
+
+class Unsupported(Exception):
+    """Why a module has no fast form; it runs masked-dense instead."""
+
+
+def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight (dtype of ``conv``) and float32 bias of a convolution followed by a BN in eval mode.
+
+    Raises:
+        Unsupported: Not a plain ``nn.Conv2d`` followed by a BN with running statistics.
+    """
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
+        raise Unsupported(f"{type(conv).__name__} is not a plain nn.Conv2d")
+    batchnorm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if not batchnorm or norm.running_mean is None:
+        raise Unsupported(f"{type(norm).__name__} is not a BatchNorm with running statistics")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias = -norm.running_mean.double() * scale
+    if conv.bias is not None:
+        bias = bias + conv.bias.double() * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+    weight = conv.weight.double() * scale[:, None, None, None]
+    return weight.to(conv.weight.dtype), bias.float()
+
+
+class Snapshot:
+    """Notices when something that a fast form was made from has changed since.
+
+    Args:
+        module: The module in training form.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tensors = [
+            (store, key, tensor, _version(tensor))
+            for sub in module.modules()
+            for store in (sub._parameters, sub._buffers)
+            for key, tensor in store.items()
+            if tensor is not None and key != "num_batches_tracked"
+        ]
+        # A hook inside wants to see the training form's tensors.
+        self._hooks = [
+            hooks
+            for sub in module.modules()
+            if sub is not module
+            for hooks in (sub._forward_hooks, sub._forward_pre_hooks)
+        ]
+
+    def hooked(self) -> bool:
+        """Whether a module inside has forward hooks, which only the training form calls."""
+        return any(self._hooks)
+
+    def stale(self) -> bool:
+        """Whether a parameter or buffer was replaced or written to."""
+        return any(
+            store[key] is not tensor or _version(tensor) != version
+            for store, key, tensor, version in self._tensors
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@dataclass
+class FastBottleneck:
+    """The packed form of one ``DynamicBottleneck``; see ``ops.sparse_bottleneck``."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    winograd: Tensor | None
+    pool: nn.Module | None  # what the shortcut does before its convolution
+    strides: tuple[int, int]
+    dilation: int
+    groups: int
+    winograd_cost: float
+    one: Tensor
+
+    @classmethod
+    def of(cls, block: nn.Module) -> FastBottleneck:
+        """Fold and pack ``block``.
+
+        Raises:
+            Unsupported: The block has a part without a fast form.
+        """
+        if type(block.relu) is not nn.ReLU:
+            raise Unsupported(f"its activation is {type(block.relu).__name__}, not ReLU")
+        pairs = [
+            (block.conv1, block.norm1),
+            (block.conv2, block.norm2),
+            (block.conv3, block.norm3),
+        ]
+        pool = None
+        if block.downsample is not None:
+            *pools, conv, norm = block.downsample
+            pool = nn.Sequential(*pools) if pools else None
+            pairs.append((conv, norm))
+        conv2 = block.conv2
+        if conv2.kernel_size != (3, 3) or conv2.padding != conv2.dilation:
+            raise Unsupported(f"conv2 has kernel {conv2.kernel_size} and padding {conv2.padding}")
+        folded = [fold(conv, norm) for conv, norm in pairs]
+        if folded[0][0].dtype not in _DTYPES:
+            raise Unsupported(f"its weights are {folded[0][0].dtype}")
+        weights = [
+            ops.pack_conv(weight, conv.groups) for (weight, _), (conv, _) in zip(folded, pairs)
+        ]
+        winograd = None
+        plain = (conv2.stride, conv2.dilation, conv2.groups) == ((1, 1), (1, 1), 1)
+        if plain and folded[1][0].dtype == torch.float32:
+            winograd = ops.pack_winograd(folded[1][0])
+            if block.mode != "spatial" or block.granularity % 2 == 0:
+                weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
+        return cls(
+            weights=weights,
+            biases=[bias for _, bias in folded],
+            winograd=winograd,
+            pool=pool,
+            strides=(block.conv1_stride, block.conv2_stride),
+            dilation=block.dilation,
+            groups=conv2.groups,
+            winograd_cost=1.15,
+            one=torch.ones((), device=weights[0].device),
+        )
+
+    def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
+        """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
+        mask = None
+        granularity = block.granularity if block.mode == "spatial" else ops.LAYER
+        rate = rate_dilated = self.one
+        if block.masker is not None:
+            masker = block.masker
+            mask, rates = ops.spatial_mask(
+                x,
+                masker.conv.weight,
+                masker.conv.bias,
+                masker.offset,
+                granularity,
+                self.strides,
+                self.dilation,
+            )
+            rate, rate_dilated = rates.unbind()
+        if not torch.compiler.is_exporting():
+            block.activation = Activation(rate, rate_dilated, self.one, mask)
+        if in_place and len(self.weights) == 3:
+            return ops.sparse_bottleneck_(
+                x,
+                mask,
+                self.weights,
+                self.biases,
+                self.winograd,
+                granularity,
+                self.dilation,
+                self.groups,
+                self.winograd_cost,
+            )
+        return ops.sparse_bottleneck(
+            x,
+            mask,
+            self.weights,
+            self.biases,
+            self.winograd,
+            None if self.pool is None else self.pool(x),
+            granularity,
+            self.strides,
+            self.dilation,
+            self.groups,
+            self.winograd_cost,
+        )
+
+
+@dataclass
+class FastStem:
+    """The packed form of a ResNet's 7x7 stem; see ``ops.conv_pool_stem``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> FastStem:
+        """Fold and pack the stem of ``backbone``.
+
+        Raises:
+            Unsupported: A deep stem, or one with other parts than usual.
+        """
+        if backbone.deep_stem:
+            raise Unsupported("its stem is deep")
+        conv, pool = backbone.conv1, backbone.maxpool
+        if type(backbone.relu) is not nn.ReLU:
+            raise Unsupported(f"its activation is {type(backbone.relu).__name__}, not ReLU")
+        usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
+            (7, 7),
+            (2, 2),
+            (3, 3),
+            (1, 1),
+            1,
+        ) and (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (3, 2, 1, False)
+        if not usual:
+            raise Unsupported(f"its stem is {conv} followed by {pool}")
+        weight, bias = fold(conv, backbone.norm1)
+        return cls(ops.pack_stem(weight), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.conv_pool_stem(x, self.weight, self.bias)

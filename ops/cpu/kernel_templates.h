@@ -1,0 +1,252 @@
+// The inner loops, written once over a vector type `V`; kernels_*.cpp instantiate them between
+// LAS_MM_TARGET_BEGIN and LAS_MM_TARGET_END. Everything here has internal linkage (each including
+// file wraps it in an anonymous namespace), so no instance leaks into another instruction set.
+//
+// V has: kLanes, kRows (rows of a tile), kVectors (registers per row of a tile), Reg, zero, set1,
+// load/store of float and bf16 with a partial form for n < kLanes values, add, sub, mul, max, fma,
+// sum; and Bf16Step, how a pair of bfloat16 channels is multiplied.
+
+// One step along the input channels for element type T: a value, or a pair of bfloat16.
+template <typename V, typename T>
+struct Step;
+
+template <typename V>
+struct Step<V, float> {
+  static constexpr int kDepth = 1;
+  using A = typename V::Reg;
+  using B = typename V::Reg;
+  static inline A load_a(const float* p) { return V::set1(*p); }
+  static inline A load_a_last(const float* p) { return V::set1(*p); }
+  static inline B load_b(const float* p) { return V::load(p); }
+  static inline typename V::Reg multiply(A a, B b, typename V::Reg sum) {
+    return V::fma(a, b, sum);
+  }
+};
+
+template <typename V>
+struct Step<V, bf16> : V::Bf16Step {
+  static constexpr int kDepth = 2;
+};
+
+template <typename V, typename T, int kRows, int kVectors>
+inline void tile(const Panel<T>& p, int64_t first_row, int first_column) {
+  using S = Step<V, T>;
+  using Reg = typename V::Reg;
+  constexpr int kColumns = kVectors * V::kLanes;
+  const int64_t weight_stride = int64_t{p.width} * S::kDepth;
+  Reg sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = V::zero();
+  }
+  for (int s = 0; s < p.segment_count; ++s) {
+    const Segment<T>& segment = p.segments[s];
+    const T* rows[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) rows[i] = segment.rows[first_row + i] + segment.offset;
+    const T* weights = segment.weights + first_column * S::kDepth;
+    const int64_t whole = segment.depth - segment.depth % S::kDepth;
+    for (int64_t k = 0; k < whole; k += S::kDepth) {
+      typename S::B b[kVectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) {
+        const T* line = weights + j * V::kLanes * S::kDepth;
+        b[j] = S::load_b(line);
+        __builtin_prefetch(line + 16 * weight_stride);  // measured: 8 to 32 steps ahead are alike
+      }
+      weights += weight_stride;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const typename S::A a = S::load_a(rows[i] + k);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) sums[i][j] = S::multiply(a, b[j], sums[i][j]);
+      }
+    }
+    if (whole != segment.depth) {  // the last channel of an odd number of bfloat16
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) {
+        const typename S::B b = S::load_b(weights + j * V::kLanes * S::kDepth);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          sums[i][j] = S::multiply(S::load_a_last(rows[i] + whole), b, sums[i][j]);
+        }
+      }
+    }
+  }
+  const int valid = p.valid - first_column;
+  if (valid >= kColumns) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      const int column = first_column + j * V::kLanes;
+      const Reg bias = p.bias ? V::load(p.bias + column) : V::zero();
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        Reg value = V::add(sums[i][j], bias);
+        const int64_t at = p.column + column;
+        if (p.residual) value = V::add(value, V::load(p.residual[first_row + i] + at));
+        if (p.relu) value = V::max(value, V::zero());
+        V::store(p.out[first_row + i] + at, value);
+      }
+    }
+    return;
+  }
+  for (int j = 0; j < kVectors && j * V::kLanes < valid; ++j) {
+    const int column = first_column + j * V::kLanes;
+    const int n = valid - j * V::kLanes < V::kLanes ? valid - j * V::kLanes : V::kLanes;
+    const Reg bias = p.bias ? V::load_part(p.bias + column, n) : V::zero();
+    for (int i = 0; i < kRows; ++i) {
+      Reg value = V::add(sums[i][j], bias);
+      const int64_t at = p.column + column;
+      if (p.residual) value = V::add(value, V::load_part(p.residual[first_row + i] + at, n));
+      if (p.relu) value = V::max(value, V::zero());
+      V::store_part(p.out[first_row + i] + at, value, n);
+    }
+  }
+}
+
+template <typename V, typename T, int kVectors, int kRows = V::kRows>
+inline void tile_rows(const Panel<T>& p, int rows, int64_t first_row, int first_column) {
+  if (rows == kRows) {
+    tile<V, T, kRows, kVectors>(p, first_row, first_column);
+  } else if constexpr (kRows > 1) {
+    tile_rows<V, T, kVectors, kRows - 1>(p, rows, first_row, first_column);
+  }
+}
+
+template <typename V, typename T, int kVectors = V::kVectors>
+inline void tile_columns(const Panel<T>& p, int rows, int64_t first_row, int column) {
+  if (p.width - column >= kVectors * V::kLanes) {
+    tile_rows<V, T, kVectors>(p, rows, first_row, column);
+  } else if constexpr (kVectors > 1) {
+    tile_columns<V, T, kVectors - 1>(p, rows, first_row, column);
+  }
+}
+
+template <typename V, typename T>
+void panel(const Panel<T>& p) {
+  // Equal blocks: 8 rows are done as 4 + 4, since a block of 2 would wait for its weights.
+  const int64_t blocks = (p.rows + V::kRows - 1) / V::kRows;
+  int64_t row = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t end = p.rows * (block + 1) / blocks;
+    for (int column = 0; column < p.width; column += V::kVectors * V::kLanes) {
+      tile_columns<V, T>(p, static_cast<int>(end - row), row, column);
+    }
+    row = end;
+  }
+}
+
+// Calls f(offset, count) for the channels, in steps of a register; the last may be partial.
+#define LAS_MM_FOR_LANES(offset, count, channels)                                       \
+  for (int64_t offset = 0, count; (count = (channels)-offset < V::kLanes ? (channels)-offset \
+                                                                         : V::kLanes) > 0;   \
+       offset += V::kLanes)
+
+template <typename V, typename T>
+inline typename V::Reg load_lanes(const T* p, int64_t n) {
+  return n == V::kLanes ? V::load(p) : V::load_part(p, static_cast<int>(n));
+}
+
+template <typename V, typename T>
+inline void store_lanes(T* p, typename V::Reg value, int64_t n) {
+  if (n == V::kLanes) {
+    V::store(p, value);
+  } else {
+    V::store_part(p, value, static_cast<int>(n));
+  }
+}
+
+template <typename V>
+void winograd_input(const float* tile, int64_t row_stride, int64_t column_stride, int64_t channels,
+                    float* out, int64_t out_stride) {
+  using Reg = typename V::Reg;
+  LAS_MM_FOR_LANES(c, n, channels) {
+    Reg columns[4][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      Reg d[4];
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) {
+        d[y] = load_lanes<V>(tile + y * row_stride + x * column_stride + c, n);
+      }
+      columns[0][x] = V::sub(d[0], d[2]);
+      columns[1][x] = V::add(d[1], d[2]);
+      columns[2][x] = V::sub(d[2], d[1]);
+      columns[3][x] = V::sub(d[1], d[3]);
+    }
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) {
+      const Reg* d = columns[y];
+      float* row = out + 4 * y * out_stride + c;
+      store_lanes<V>(row, V::sub(d[0], d[2]), n);
+      store_lanes<V>(row + out_stride, V::add(d[1], d[2]), n);
+      store_lanes<V>(row + 2 * out_stride, V::sub(d[2], d[1]), n);
+      store_lanes<V>(row + 3 * out_stride, V::sub(d[1], d[3]), n);
+    }
+  }
+}
+
+template <typename V>
+void winograd_output(const float* in, int64_t in_stride, int64_t channels, const float* bias,
+                     float* out, int64_t out_stride) {
+  using Reg = typename V::Reg;
+  LAS_MM_FOR_LANES(c, n, channels) {
+    Reg rows[2][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      Reg d[4];
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) d[y] = load_lanes<V>(in + (4 * y + x) * in_stride + c, n);
+      rows[0][x] = V::add(V::add(d[0], d[1]), d[2]);
+      rows[1][x] = V::sub(V::sub(d[1], d[2]), d[3]);
+    }
+    const Reg shift = load_lanes<V>(bias + c, n);
+#pragma GCC unroll 2
+    for (int y = 0; y < 2; ++y) {
+      const Reg* d = rows[y];
+      const Reg left = V::add(V::add(V::add(d[0], d[1]), d[2]), shift);
+      const Reg right = V::add(V::sub(V::sub(d[1], d[2]), d[3]), shift);
+      store_lanes<V>(out + 2 * y * out_stride + c, V::max(left, V::zero()), n);
+      store_lanes<V>(out + (2 * y + 1) * out_stride + c, V::max(right, V::zero()), n);
+    }
+  }
+}
+
+template <typename V, typename T>
+float dot(const T* x, int64_t positions, int64_t channels, const float* weight) {
+  constexpr int kChains = 4;  // independent sums hide the latency of fma
+  typename V::Reg sums[kChains];
+  for (auto& sum : sums) sum = V::zero();
+  const int64_t whole = channels - channels % (kChains * V::kLanes);
+  for (int64_t i = 0; i < positions; ++i, x += channels) {
+    for (int64_t c = 0; c < whole; c += kChains * V::kLanes) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kChains; ++j) {
+        const int64_t at = c + j * V::kLanes;
+        sums[j] = V::fma(V::load(x + at), V::load(weight + at), sums[j]);
+      }
+    }
+    LAS_MM_FOR_LANES(rest, n, channels - whole) {
+      const int64_t at = whole + rest;
+      sums[0] = V::fma(load_lanes<V>(x + at, n), load_lanes<V>(weight + at, n), sums[0]);
+    }
+  }
+  return V::sum(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
+}
+
+template <typename V, typename T>
+void max_rows(const T* const* rows, int count, int64_t channels, T* out) {
+  LAS_MM_FOR_LANES(c, n, channels) {
+    typename V::Reg value = load_lanes<V>(rows[0] + c, n);
+    for (int i = 1; i < count; ++i) value = V::max(value, load_lanes<V>(rows[i] + c, n));
+    store_lanes<V>(out + c, value, n);
+  }
+}
+
+template <typename V>
+constexpr Kernels make_kernels() {
+  return {&panel<V, float>,    &panel<V, bf16>,       &winograd_input<V>,
+          &winograd_output<V>, &dot<V, float>,        &dot<V, bf16>,
+          &max_rows<V, float>, &max_rows<V, bf16>};
+}

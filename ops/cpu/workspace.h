@@ -1,0 +1,61 @@
+// Memory that the ops keep from call to call, so that a steady stream of images allocates nothing.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace las_mm::cpu {
+
+// A block of memory that only grows; its contents do not survive a call of get().
+class Buffer {
+ public:
+  // `count` uninitialised values, aligned to a cache line.
+  template <typename T>
+  T* get(int64_t count) {
+    reserve(count * static_cast<int64_t>(sizeof(T)));
+    return reinterpret_cast<T*>(data_);
+  }
+
+ private:
+  void reserve(int64_t bytes);
+
+  std::unique_ptr<char[]> memory_;
+  char* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+// What one worker thread needs for a chunk of positions.
+struct Scratch {
+  Buffer pointers, values, hidden, output;
+};
+Scratch& scratch();  // of the current thread
+
+// Positions (image, y, x) as indices into N x H x W.
+using Positions = std::vector<int32_t>;
+
+// What one call of an op needs; of the current thread, so threads may share a model.
+struct Workspace {
+  Buffer map, hidden, bias, zeros, bytes, spread, scores;
+  Positions kept, dropped, halo, blank, tiles;
+};
+Workspace& workspace();
+
+// A channels_last tensor, taken from the ones returned before if no one holds these any more.
+at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes);
+
+// Pointers to the values of a float or bfloat16 tensor.
+inline const float* values(const at::Tensor& x, float) { return x.const_data_ptr<float>(); }
+inline const bf16* values(const at::Tensor& x, bf16) {
+  return reinterpret_cast<const bf16*>(x.const_data_ptr<at::BFloat16>());
+}
+inline float* mutable_values(const at::Tensor& x, float) { return x.mutable_data_ptr<float>(); }
+inline bf16* mutable_values(const at::Tensor& x, bf16) {
+  return reinterpret_cast<bf16*>(x.mutable_data_ptr<at::BFloat16>());
+}
+
+}  // namespace las_mm::cpu

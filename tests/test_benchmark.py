@@ -1,0 +1,343 @@
+"""las_mm/benchmark and tools/benchmark.py: masks, checks and figures, never wall-clock times."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from las_mm import preflight
+from las_mm.benchmark import contest, engines, masks, report
+from las_mm.benchmark.contest import Contestant
+from las_mm.benchmark.subject import fold_batchnorm, randomize
+from las_mm.models import LASResNet, collect_activations
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = (2, 3, 64, 96)
+CONFIG = """
+default_scope = "mmpretrain"
+model = dict(
+    type="ImageClassifier",
+    data_preprocessor=dict(mean=[100.0, 110.0, 120.0], std=[50.0, 60.0, 70.0], to_rgb=True),
+    backbone=dict(
+        type="las_mm.LASResNet",
+        depth=50,
+        base_channels=8,
+        stem_channels=8,
+        out_indices=(0, 1, 2, 3),
+        init_cfg=dict(type="Pretrained", checkpoint="torchvision://resnet50"),
+    ),
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead", num_classes=4, in_channels=256),
+)
+"""
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """tools/benchmark.py, hurried, and what it changes in the process put back."""
+    spec = importlib.util.spec_from_file_location("las_mm_tool_b", ROOT / "tools/benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(contest, "ENOUGH", 0.0)
+    monkeypatch.setattr(contest, "PAUSE", 0.0)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)
+    preflight.reset_scope()
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def benchmark(tool, config, tmp_path):
+    """``benchmark(*arguments)``: the JSON of a short run; defaults come first."""
+
+    def call(*arguments: object, rate: tuple = ("--rate", 0.5)) -> dict:
+        out = tmp_path / "out.json"
+        defaults = ["--shape", 1, 3, 64, 64, *rate, "--rounds", 2, "--warmup", 0, "--threads", 1]
+        if "--engines" not in arguments:
+            defaults += ["--engines", "eager", "las_mm-static", "masked-dense"]
+        tool.main(list(map(str, [config, *defaults, "--json", out, *arguments])))
+        return json.loads(out.read_text())
+
+    return call
+
+
+@pytest.fixture
+def refusal(benchmark):
+    """``refusal(*arguments)``: the one line with which the tool exits."""
+
+    def call(*arguments: object, **keywords) -> str:
+        with pytest.raises(SystemExit) as end:
+            benchmark(*arguments, **keywords)
+        message = end.value.code  # a text: printed to stderr, and the exit code is 1
+        assert message.startswith("benchmark.py: error: ")
+        assert "\n" not in message
+        return message
+
+    return call
+
+
+def small(**kwargs) -> LASResNet:
+    kwargs = {"out_indices": (0, 1, 2, 3), "base_channels": 8, "stem_channels": 8, **kwargs}
+    backbone = LASResNet(50, **kwargs).eval()
+    randomize(backbone)
+    return backbone
+
+
+# masks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["blob", "random"])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_spatial_masks_have_the_exact_rate(kind, rate):
+    backbone = small(granularity=(4, 4, 2, 1))
+    made = masks.make_masks(backbone, SHAPE, rate, kind)
+    shapes = backbone.network_shape(SHAPE[2:]).blocks
+    for mask, shape in zip(made, shapes):
+        grid = (-(-shape.h_out // shape.granularity), -(-shape.w_out // shape.granularity))
+        assert mask.shape == (SHAPE[0], 1, *grid)
+        assert mask.flatten(1).sum(1).tolist() == [round(rate * mask[0].numel())] * SHAPE[0]
+
+
+def test_masks_force_the_maskers_until_released():
+    backbone = small()
+    made = masks.make_masks(backbone, SHAPE, 0.5, "blob", seed=3)
+    masks.force_masks(backbone, SHAPE, 0.5, "blob", seed=3)
+    with torch.inference_mode():
+        backbone(torch.randn(SHAPE))
+        for mask, done in zip(made, collect_activations(backbone).masks):
+            assert torch.equal(mask, done.bool())
+        masks.release_masks(backbone)
+        backbone(torch.randn(SHAPE))
+    assert collect_activations(backbone).mean_rate == 1  # maskers start mostly on
+
+
+def _agreement(mask: torch.Tensor) -> float:
+    """Share of horizontal neighbours that are decided alike."""
+    return (mask[..., 1:] == mask[..., :-1]).float().mean().item()
+
+
+def test_blobs_are_coherent_and_differ():
+    made = {
+        kind: masks.spatial_mask(4, (50, 76), 0.5, kind, torch.Generator().manual_seed(0))
+        for kind in ("blob", "random")
+    }
+    assert _agreement(made["blob"]) > 0.85
+    assert 0.4 < _agreement(made["random"]) < 0.6
+    for mask in made.values():
+        assert not torch.equal(mask[0], mask[1])
+    blocks = masks.make_masks(small(), SHAPE, 0.5, "blob")
+    assert not torch.equal(blocks[1], blocks[2])
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("rate", [0.0, 0.37, 1.0])
+def test_layer_masks_are_exact_and_balanced(batch, rate):
+    backbone = small(mode="layer")
+    made = torch.stack(masks.make_masks(backbone, (batch, 3, 64, 64), rate, "blob")).flatten(1)
+    assert made.sum() == round(rate * made.numel())
+    assert made.sum(1).max() - made.sum(1).min() <= 1
+
+
+# engines -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(deep_stem=True, avg_down=True)], ids=str)
+def test_folding_keeps_the_outputs(kwargs):
+    backbone = small(mode="static", **kwargs)
+    x = torch.randn(SHAPE)
+    with torch.no_grad():
+        expected = backbone(x)
+        folded = fold_batchnorm(backbone)(x)
+    assert contest.relative_error(folded, expected) < engines.STATIC_TOLERANCE["fp32"] / 10
+    assert not [m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def test_relative_error():
+    a = torch.tensor([1.0, -4.0])
+    assert contest.relative_error([a], [a]) == 0
+    assert contest.relative_error([a, a + 1], [a, a]) == 0.25
+    assert contest.relative_error([a * float("nan")], [a]) == float("inf")
+    assert contest.relative_error([a], [a, a]) == float("inf")
+
+
+def _timed(engine: str, kind: str, *seconds: float) -> Contestant:
+    return Contestant(engine, kind, tuple, rounds=list(seconds), fastest=min(seconds))
+
+
+def test_ratios():
+    slow, fast = _timed("eager-nchw", "static", 4.0), _timed("openvino", "static", 2.0, 2.0, 9.0)
+    dynamic = _timed("las_mm", "ours", 1.0, 1.5, 1.5)
+    everybody = [slow, fast, dynamic]
+    assert report.best_static([*everybody, _timed("las_mm-static", "ours", 0.1)]) is fast
+    entry = report.compare(dynamic, fast, flops_ratio=0.6)
+    assert entry["latency_ratio"] == 0.75
+    assert entry["efficiency"] == pytest.approx(0.8)
+    assert entry["dynamic"]["median_ms"] == 1500 and entry["dynamic"]["min_ms"] == 1000
+    rows = report.make_rows(everybody, static_macs=4e9)
+    assert [row["ratio"] for row in rows] == [2.0, 1.0, 0.75]
+    assert [row["gflops_per_s"] for row in rows] == [2.0, 4.0, None]
+
+
+def test_everybody_takes_turns(monkeypatch):
+    monkeypatch.setattr(contest, "ENOUGH", 0.0)
+    order = []
+    pair = [Contestant(name, "static", lambda: None) for name in "ab"]
+    for contestant in pair:
+        contestant.prepare = lambda name=contestant.engine: order.append(name)
+    contest.time_contestants(pair, rounds=2, warmup=1)
+    assert order == ["b", "a", "a", "b", "b", "a"]
+    assert all(len(c.rounds) == 2 and c.fastest <= c.median for c in pair)
+
+
+# the tool ----------------------------------------------------------------------------------------
+
+
+def test_result_and_sweep(benchmark, tmp_path):
+    plot = tmp_path / "plot.png"
+    result = benchmark("--plot", plot, "--whole-model", rate=("--rate", 0.5, 0.0))
+    engines_run = ["eager-nchw", "eager-nhwc", "las_mm-static", "masked-dense", "las_mm"]
+    assert [row["engine"] for row in result["rows"]] == engines_run
+    assert {row["kind"] for row in result["rows"]} == set(contest.KINDS)
+    for row in result["rows"]:
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert len(row["rounds_ms"]) == 2
+    static = {row["engine"]: row for row in result["rows"] if row["kind"] == "static"}
+    best = result["best_static"]
+    assert best["median_ms"] == min(row["median_ms"] for row in static.values())
+    assert best["median_ms"] == static[best["engine"]]["median_ms"]
+
+    assert [point["rate"] for point in result["sweep"]] == [0.5, 0.0]
+    for point in result["sweep"]:
+        ratio = point["dynamic"]["median_ms"] / best["median_ms"]
+        assert point["latency_ratio"] == pytest.approx(ratio)
+        assert point["efficiency"] == pytest.approx(point["flops_ratio"] / ratio)
+    half, nothing = result["sweep"]
+    assert nothing["activation_rate"] == 0 < nothing["flops_ratio"] < half["flops_ratio"] < 1
+    for key in ("dynamic", "flops_ratio", "latency_ratio", "efficiency"):
+        assert result[key] == half[key]
+
+    env = result["environment"]
+    keys = "cpu threads torch onnxruntime openvino las_mm date dtype shape config masks rate mode"
+    assert set(keys.split()) | {"granularity"} <= env.keys()
+    assert (env["threads"], env["shape"], env["mode"]) == (1, [1, 3, 64, 64], ["spatial"])
+    assert result["skipped"] == []
+    assert result["whole_model"]["latency_ratio"] > 0
+    assert plot.stat().st_size > 0
+
+
+def test_layer_mode_and_bf16(benchmark):
+    result = benchmark("--mode", "layer", "--dtype", "bf16", "--engines", "eager", "las_mm-static")
+    assert result["environment"]["mode"] == ["layer"]
+    assert result["dynamic"]["median_ms"] > 0
+    assert 0 < result["rows"][0]["rel_error"] < engines.STATIC_TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+def test_other_engines_agree(benchmark, package):
+    pytest.importorskip(package)
+    result = benchmark("--engines", package, "masked-dense")
+    assert result["best_static"]["engine"] == package
+    assert result["rows"][0]["rel_error"] < engines.STATIC_TOLERANCE["fp32"]
+
+
+def test_the_models_own_masks_on_images(benchmark, tool, config, tmp_path):
+    model = tool.load_candidate(str(config)).model
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / "weights.pth")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (30, 20), (200, 110, 50)).save(folder / "a.png")
+    arguments = ("--masks", "model", "--checkpoint", tmp_path / "weights.pth", "--images", folder)
+    result = benchmark(*arguments, rate=())
+    assert result["sweep"][0]["activation_rate"] == 1
+    assert result["environment"]["rate"] == 1
+
+    cfg = preflight.load_config(str(config))
+    x = masks.load_images([folder / "a.png"], (4, 6), cfg)
+    assert x.shape == (1, 3, 4, 6)
+    np.testing.assert_allclose(x[0, :, 2, 2], [2.0, 0.0, -1.0])
+
+
+def _wrong(builder):
+    def build(subject):
+        contestant = builder(subject)
+        contestant.read = lambda outputs: [1.1 * output for output in outputs]
+        return contestant
+
+    return build
+
+
+@pytest.mark.parametrize("engine", ["eager-nhwc", "las_mm"])
+def test_wrong_outputs_are_an_error(refusal, monkeypatch, engine, tmp_path):
+    monkeypatch.setitem(engines.BUILDERS, engine, _wrong(engines.BUILDERS[engine]))
+    message = refusal()
+    assert engine in message and "relative error 0.1" in message
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_engines_that_cannot_run_are_named(benchmark, refusal, monkeypatch):
+    def broken(subject):
+        raise RuntimeError("no such instruction\nat line 1")
+
+    def absent(subject):
+        engines._require("no_such_engine")
+
+    for name in set(engines.BUILDERS) - {"eager-nhwc", "masked-dense", "las_mm"}:
+        monkeypatch.setitem(engines.BUILDERS, name, absent if name == "openvino" else broken)
+    result = benchmark("--engines")  # all
+    reasons = {entry["engine"]: entry["reason"] for entry in result["skipped"]}
+    assert reasons["openvino"] == "not installed: pip install las_mm[benchmark]"
+    assert reasons["compile"] == "RuntimeError: no such instruction"
+    assert [row["engine"] for row in result["rows"]] == ["eager-nhwc", "masked-dense", "las_mm"]
+    assert "engine openvino cannot run: not installed" in refusal("--engines", "openvino")
+    assert "engine compile cannot run" in refusal("--engines", "compile")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate", "words"),
+    [
+        (("--shape", 1, 4, 64, 64), ("--rate", 0.5), "[1, 4, 64, 64]"),
+        ((), ("--rate", 0.5, 1.5), "1.5"),
+        ((), (), "--rate"),
+        (("--masks", "model"), (), "--checkpoint"),
+        (("--masks", "model", "--checkpoint", "x.pth"), (), "--images"),
+        (("--engines", "tensorrt"), ("--rate", 0.5), "tensorrt"),
+        (("--engines", "las_mm"), ("--rate", 0.5), "static engine"),
+        (("--granularity", 4, 4, 2), ("--rate", 0.5), "[4, 4, 2]"),
+        (("--granularity", 4, 4, 2, 0), ("--rate", 0.5), "[4, 4, 2, 0]"),
+        (("--rounds", 0), ("--rate", 0.5), "--rounds"),
+        (("--threads", -1), ("--rate", 0.5), "-1"),
+        (("--mode", "channel"), ("--rate", 0.5), "channel"),
+        (("--plot", "x.txt"), ("--rate", 0.5), "x.txt"),
+        (("--images", "x"), ("--rate", 0.5), "--images"),
+        (("--whole-model", "--dtype", "bf16"), ("--rate", 0.5), "bf16"),
+    ],
+    ids=str,
+)
+def test_refusals_before_any_work(refusal, tool, monkeypatch, arguments, rate, words):
+    monkeypatch.setattr(tool, "benchmark", lambda *args: pytest.fail("work has begun"))
+    assert words in refusal(*arguments, rate=rate)
+
+
+def test_refusals_of_the_config(refusal, config):
+    assert "missing.pth" in refusal("--checkpoint", "missing.pth")
+    config.write_text(CONFIG.replace("las_mm.LASResNet", "ResNet"))
+    assert "LASResNet" in refusal()
+    config.write_text(CONFIG.replace("depth=50", "depth=51"))
+    assert "51" in refusal()

@@ -1,0 +1,322 @@
+#!/usr/bin/env python
+"""Time a dynamic backbone against the best static engines of this machine.
+
+python tools/benchmark.py configs/mask_rcnn_lasnet_r101.py --shape 1 3 800 1216 --rate 0.5 \\
+    --masks blob --json benchmark.json
+
+All engines have the same weights, input and threads and run in turns in one process. What they
+compute is compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from las_mm.benchmark import contest, engines, masks, report
+from las_mm.benchmark.subject import DTYPES, Candidate, Subject, load_candidate, make_subject
+from las_mm.benchmark.whole_model import build_whole
+from las_mm.fileio import write_atomically
+from las_mm.models.flops import count_macs
+from las_mm.preflight import UserError
+
+ALIASES = {"eager": ("eager-nchw", "eager-nhwc")}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> None:
+        sys.exit(f"{self.prog}: error: {message}")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(prog="benchmark.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    known = ", ".join([*ALIASES, *engines.BUILDERS])
+    add = parser.add_argument
+    add("config", help="a config with a dynamic backbone")
+    add("--checkpoint", help="weights; without, they are random")
+    add("--trust-checkpoint", action="store_true", help="see train.py")
+    add("--shape", type=int, nargs=4, required=True, metavar=("N", "3", "H", "W"))
+    add("--rate", type=float, nargs="+", help="share of patches (layer mode: blocks) to compute")
+    add("--masks", choices=masks.KINDS, default="blob", help="'model': its own, on --images")
+    add("--granularity", type=int, nargs="+", help="patch side S per stage instead of the config's")
+    add("--mode", choices=("spatial", "layer"), help="of all stages")
+    add("--dtype", choices=tuple(DTYPES), default="fp32")
+    add("--engines", nargs="*", help=f"of {known}; default: all; las_mm always runs")
+    add("--threads", type=int, help="default: the physical cores that this process may use")
+    add("--rounds", type=int, default=9, help="timed rounds")
+    add("--warmup", type=int, default=2, help="untimed rounds before them")
+    add("--images", nargs="+", help="images or folders of images for --masks model")
+    add("--seed", type=int, default=0, help="of random weights, input and masks")
+    add("--plot", type=Path, help="also draw latency over FLOPs and rate into this file")
+    add("--whole-model", action="store_true", help="also time the whole model in eager mode")
+    add("--memory", action="store_true", help="also measure peak memory in processes of their own")
+    add("--json", type=Path, required=True, help="the result for programs")
+    add("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
+    add("--memory-child", help=argparse.SUPPRESS)  # the engine whose memory to measure
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """What can be wrong in the arguments alone; fills in defaults.
+
+    Raises:
+        UserError: Something is.
+    """
+    if min(args.shape) < 1 or args.shape[1] != 3:
+        raise UserError(f"--shape must be N 3 H W, all positive, got {args.shape}")
+    for rate in args.rate or ():
+        if not 0 <= rate <= 1:
+            raise UserError(f"--rate must be from 0 to 1, got {rate}")
+    if args.masks == "model":
+        if args.checkpoint is None:
+            raise UserError("--masks model needs --checkpoint: random weights decide nothing")
+        if args.images is None:
+            raise UserError("--masks model needs --images, on which the model decides")
+        if args.rate:
+            raise UserError("--masks model has its own rate: leave out --rate")
+    elif args.rate is None:
+        raise UserError(f"--masks {args.masks} needs --rate, e.g. --rate 0.5")
+    elif args.images is not None:
+        raise UserError(f"--images are for --masks model, got --masks {args.masks}")
+    granularity = args.granularity
+    if granularity is not None and (len(granularity) != 4 or min(granularity) < 1):
+        raise UserError(f"--granularity must be four positive integers, got {granularity}")
+    for name, least in (("threads", 1), ("rounds", 1), ("warmup", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+    args.threads = args.threads or report.physical_cores()
+    check_engines(args)
+    if args.json.is_dir():
+        raise UserError(f"--json {args.json} is a folder; name a file")
+    if args.plot is not None:
+        if args.plot.suffix not in report.PLOT_SUFFIXES:
+            known = ", ".join(report.PLOT_SUFFIXES)
+            raise UserError(f"--plot must end in one of {known}, got {args.plot}")
+        report.require_matplotlib()
+    if args.whole_model and args.dtype != "fp32":
+        raise UserError(f"--whole-model needs --dtype fp32, got {args.dtype}")
+
+
+def check_engines(args: argparse.Namespace) -> None:
+    """Spell out ``--engines`` in the order of the table; ``explicit`` are those asked for by name.
+
+    Raises:
+        UserError: One is unknown, or there is no rival.
+    """
+    asked = [e for name in args.engines or () for e in ALIASES.get(name, (name,))]
+    for name in asked:
+        if name not in engines.BUILDERS:
+            known = ", ".join([*ALIASES, *engines.BUILDERS])
+            raise UserError(f"--engines knows {known}, got {name!r}")
+    args.explicit = set(asked)
+    asked = {*asked, "las_mm"} if asked else set(engines.BUILDERS)
+    if not asked & set(engines.STATIC_ENGINES):
+        known = ", ".join(engines.STATIC_ENGINES)
+        raise UserError(f"--engines needs a static engine to compare with ({known})")
+    args.engines = [name for name in engines.BUILDERS if name in asked]
+
+
+def candidate_of(args: argparse.Namespace) -> Candidate:
+    """The model that the arguments describe."""
+    return load_candidate(
+        args.config,
+        args.cfg_options,
+        args.checkpoint,
+        args.mode,
+        args.granularity,
+        args.trust_checkpoint,
+        args.seed,
+    )
+
+
+def make_input(args: argparse.Namespace, cfg: Config) -> torch.Tensor:
+    """The batch of the contest: real images for ``--masks model``, else noise."""
+    if args.masks == "model":
+        images = masks.find_images(args.images, args.shape[0])
+        return masks.load_images(images, tuple(args.shape[2:]), cfg)
+    return torch.randn(args.shape, generator=torch.Generator().manual_seed(args.seed))
+
+
+def build_subject(args: argparse.Namespace, candidate: Candidate, work_dir: str) -> Subject:
+    """All forms of the candidate's backbone, and the input."""
+    x = make_input(args, candidate.cfg)
+    backbone, config = candidate.backbone, candidate.backbone_cfg
+    return make_subject(backbone, config, x, args.dtype, args.threads, Path(work_dir))
+
+
+def mask_setters(args: argparse.Namespace, backbone: nn.Module) -> list:
+    """Per rate a function that sets the masks."""
+    if args.masks == "model":
+        return [partial(masks.release_masks, backbone)]
+    return [
+        partial(
+            masks.set_masks,
+            backbone,
+            masks.make_masks(backbone, args.shape, rate, args.masks, args.seed),
+        )
+        for rate in args.rate
+    ]
+
+
+def time_whole(args: argparse.Namespace, candidate: Candidate, subject, rows, setter, say) -> dict:
+    """Time the whole model with its static and with its dynamic backbone."""
+    eager = [row for row in rows if row["engine"] in ALIASES["eager"]]
+    nchw = eager and min(eager, key=lambda row: row["median_ms"])["engine"] == "eager-nchw"
+    layout = torch.contiguous_format if nchw else torch.channels_last
+    twin = engines.eager_twin(subject, layout)
+    pair = build_whole(candidate.model, candidate.path, twin, subject.x, setter)
+    contest.time_contestants(pair, args.rounds, args.warmup, say)
+    static, dynamic = pair
+    ratio = dynamic.median / static.median
+    return dict(static=report.times(static), dynamic=report.times(dynamic), latency_ratio=ratio)
+
+
+def measure_memory(args: argparse.Namespace, say) -> dict[str, float]:
+    """Peak memory of static eager mode and las_mm in MiB, each in a fresh process."""
+    peaks = {}
+    for name in ("eager-nhwc", "las_mm"):
+        say(f"memory of {name}")
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            *args.argv,
+            "--memory-child",
+            name,
+        ]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        found = re.search(r"^peak (\S+)$", done.stdout, re.MULTILINE)
+        if done.returncode or found is None:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"measuring the memory of {name} failed: {reason}")
+        peaks[name] = float(found[1])
+    return peaks
+
+
+def memory_child(args: argparse.Namespace) -> float:
+    """Peak memory of one contestant, which is alone in this process."""
+    with tempfile.TemporaryDirectory() as work_dir:
+        candidate = candidate_of(args)
+        subject = build_subject(args, candidate, work_dir)
+        contestant = engines.BUILDERS[args.memory_child](subject)
+        if args.memory_child == "las_mm":
+            contestant.prepare = mask_setters(args, candidate.backbone)[0]
+        del candidate, subject
+        return contest.peak_memory(contestant)
+
+
+def benchmark(args: argparse.Namespace, say) -> dict:
+    """Everything between the arguments and the report."""
+    say("building the model")
+    candidate = candidate_of(args)
+    with tempfile.TemporaryDirectory() as work_dir:
+        subject = build_subject(args, candidate, work_dir)
+        setters = mask_setters(args, subject.dynamic)
+        dynamic, figures, reference = engines.enter_dynamic(subject, setters, say)
+        contestants, skipped = engines.enter_static(subject, args.engines, args.explicit, say)
+        if "masked-dense" in args.engines:
+            contestants.append(reference)
+        contest.time_contestants([*contestants, *dynamic], args.rounds, args.warmup, say)
+    shape = subject.dynamic.network_shape(tuple(args.shape[2:]))
+    counts = count_macs(shape)
+    macs = args.shape[0] * (counts.stem + counts.static_blocks.sum())
+    best = report.best_static(contestants)
+    rates = args.rate or [figures[0][0]]
+    sweep = [
+        dict(
+            report.compare(contestant, best, flops_ratio),
+            rate=rate,
+            activation_rate=measured,
+            rel_error=contestant.rel_error,
+        )
+        for rate, (measured, flops_ratio), contestant in zip(rates, figures, dynamic)
+    ]
+    first = {
+        key: sweep[0][key] for key in ("dynamic", "flops_ratio", "latency_ratio", "efficiency")
+    }
+    result = dict(
+        rows=report.make_rows([*contestants, dynamic[0]], macs),
+        best_static=dict(engine=best.engine, median_ms=1e3 * best.median),
+        **first,
+        sweep=sweep,
+        skipped=skipped,
+        environment=report.environment(
+            what=shape.name,
+            config=args.config,
+            checkpoint=args.checkpoint,
+            cfg_options=args.cfg_options,
+            shape=args.shape,
+            dtype=args.dtype,
+            threads=args.threads,
+            masks=args.masks,
+            rate=rates[0],
+            mode=sorted({block.mode for block in shape.blocks}),
+            granularity=subject.dynamic.granularity,
+            static_gmacs=macs / 1e9,
+            rounds=args.rounds,
+            warmup=args.warmup,
+            seed=args.seed,
+        ),
+    )
+    if args.whole_model:
+        rows = result["rows"]
+        result["whole_model"] = time_whole(args, candidate, subject, rows, setters[0], say)
+    if args.memory:
+        result["peak_memory_mb"] = measure_memory(args, say)
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.disable(logging.INFO)  # what every layer's initialisation is, and the like
+    warnings.simplefilter("ignore")  # exporters', about their own internals
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log's lines may be longer than 80 characters
+    try:
+        check_args(args)
+        if args.images is not None:
+            masks.find_images(args.images, args.shape[0])
+        torch.set_num_threads(args.threads)
+        if args.memory_child is not None:
+            print(f"peak {memory_child(args)}")
+            return
+        # No refreshing in the background, which would take time from the contestants.
+        with Progress(console=console, transient=True, auto_refresh=False) as progress:
+            task = progress.add_task("", total=None)
+            result = benchmark(
+                args, lambda text: progress.update(task, description=text, refresh=True)
+            )
+        write_atomically(args.json, json.dumps(result, indent=2, default=str).encode())
+        if args.plot is not None:
+            report.draw(result, args.plot)
+    except (UserError, OSError) as error:
+        sys.exit(f"benchmark.py: error: {error}")
+    console.print(report.make_table(result))
+    for line in report.summary(result):
+        console.print(line, highlight=False, soft_wrap=True)
+    written = f"wrote {args.json}" + (f" and {args.plot}" if args.plot else "")
+    console.print(written, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
