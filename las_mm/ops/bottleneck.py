@@ -22,7 +22,8 @@ from las_mm.ops.packing import unpack_conv
 
 _SCHEMA = (
     "Tensor? mask, Tensor[] weights, Tensor[] biases, Tensor? winograd, Tensor? shortcut, "
-    "int granularity, int[2] strides, int dilation, int groups, float winograd_cost"
+    "int granularity, int[2] strides, int dilation, int groups, float winograd_cost, Tensor[] dense, "
+    "float dense_above"
 )
 
 
@@ -39,6 +40,8 @@ class _Arguments(NamedTuple):
     dilation: int
     groups: int
     winograd_cost: float
+    dense: Sequence[Tensor]
+    dense_above: float
 
 
 def _check(x: Tensor, a: _Arguments) -> list[int]:
@@ -57,6 +60,8 @@ def _check(x: Tensor, a: _Arguments) -> list[int]:
         check_vector(bias, f"biases[{i}]", width if i < 2 else c_out, torch.float32, x)
     if not a.winograd_cost >= 0:
         raise ValueError(f"winograd_cost must be a number from 0 up, got {a.winograd_cost}")
+    if a.dense:
+        _check_dense(x, a, width, c_out)
     check_packed(a.weights[0], "weights[0]", width, x.shape[1], 1, 1, x)
     check_packed(a.weights[2], "weights[2]", c_out, width, 1, 1, x)
     if a.winograd is not None:
@@ -73,6 +78,25 @@ def _check(x: Tensor, a: _Arguments) -> list[int]:
     if a.mask is not None:
         check_mask(a.mask, "mask", x, size, a.granularity)
     return size
+
+
+def _check_dense(x: Tensor, a: _Arguments, width: int, c_out: int) -> None:
+    if len(a.dense) != len(a.weights):
+        raise ValueError(
+            f"dense must be empty or hold {len(a.weights)} weights as weights does, got "
+            f"{len(a.dense)}"
+        )
+    side = x.shape[1] if a.shortcut is None else a.shortcut.shape[1]
+    shapes = [
+        [width, x.shape[1], 1, 1],
+        [width, width // a.groups, 3, 3],
+        [c_out, width, 1, 1],
+        [c_out, side, 1, 1],
+    ]
+    for i, (weight, shape) in enumerate(zip(a.dense, shapes)):
+        if list(weight.shape) != shape:
+            raise ValueError(f"dense[{i}] must have shape {shape}, got {list(weight.shape)}")
+        check_vector(weight, f"dense[{i}]", weight.numel(), x.dtype, x)
 
 
 def _check_shortcut(x: Tensor, a: _Arguments, c_out: int, size: list[int]) -> None:
@@ -182,6 +206,8 @@ def sparse_bottleneck(
     dilation: int = 1,
     groups: int = 1,
     winograd_cost: float = 1.0,
+    dense: Sequence[Tensor] = (),
+    dense_above: float = 1.0,
 ) -> Tensor:
     """relu(shortcut + mask * conv3(relu(conv2(relu(conv1(x)))))), computed at kept outputs only.
 
@@ -204,6 +230,9 @@ def sparse_bottleneck(
         groups: Groups of conv2.
         winograd_cost: Time of a multiplication in the Winograd form relative to the direct form;
             decides which of the two serves a mask that cuts through 2x2 tiles.
+        dense: The same weights as ``weights``, not packed, or empty.
+        dense_above: If ``dense`` is given, dense convolutions run where a larger share of the
+            outputs is kept.
 
     Returns:
         (N, C_out, H_out, W_out), channels_last.
@@ -223,6 +252,8 @@ def sparse_bottleneck(
         dilation,
         groups,
         winograd_cost,
+        dense,
+        dense_above,
     )
 
 
@@ -236,6 +267,8 @@ def sparse_bottleneck_(
     dilation: int = 1,
     groups: int = 1,
     winograd_cost: float = 1.0,
+    dense: Sequence[Tensor] = (),
+    dense_above: float = 1.0,
 ) -> Tensor:
     """:func:`sparse_bottleneck` of a block without downsample convolution, written into ``x``.
 
@@ -257,5 +290,7 @@ def sparse_bottleneck_(
         dilation,
         groups,
         winograd_cost,
+        dense,
+        dense_above,
     )
     return x

@@ -72,6 +72,7 @@ def convolve(
     depth = x.shape[1] // groups
     weight = unpack_conv(packed, bias.numel(), depth, kernel * kernel, groups)
     weight = weight.unflatten(2, (kernel, kernel)).float()
+    dilation = min(dilation, max(x.shape[2:]))  # farther taps read only padding
     padding = dilation * (kernel // 2)
     return F.conv2d(x.float(), weight, bias, stride, padding, dilation, groups)
 

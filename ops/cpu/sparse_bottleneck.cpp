@@ -28,6 +28,8 @@ struct Arguments {
   std::vector<int64_t> strides;
   int64_t dilation, groups;
   double winograd_cost;
+  std::vector<at::Tensor> dense;
+  double dense_above;
 };
 
 struct Shape {
@@ -37,6 +39,22 @@ struct Shape {
   int64_t hidden, c_out;
   bool downsample;
 };
+
+void check_dense(const at::Tensor& x, const Arguments& a, const Shape& s) {
+  TORCH_CHECK_VALUE(a.dense.size() == a.weights.size(), "dense must be empty or hold ",
+                    a.weights.size(), " weights as weights does, got ", a.dense.size());
+  const int64_t side = a.shortcut && a.shortcut->dim() == 4 ? a.shortcut->size(1) : s.c_in;
+  const std::vector<int64_t> shapes[] = {{s.hidden, s.c_in, 1, 1},
+                                         {s.hidden, s.hidden / a.groups, 3, 3},
+                                         {s.c_out, s.hidden, 1, 1},
+                                         {s.c_out, side, 1, 1}};
+  for (size_t i = 0; i < a.dense.size(); ++i) {
+    const std::string name = "dense[" + std::to_string(i) + "]";
+    TORCH_CHECK_VALUE(a.dense[i].sizes() == at::IntArrayRef(shapes[i]), name, " must have shape ",
+                      at::IntArrayRef(shapes[i]), ", got ", a.dense[i].sizes());
+    check_vector(a.dense[i], name, a.dense[i].numel(), x.scalar_type(), x);
+  }
+}
 
 Shape check(const at::Tensor& x, const Arguments& a) {
   check_map(x, "x");
@@ -61,6 +79,7 @@ Shape check(const at::Tensor& x, const Arguments& a) {
   }
   TORCH_CHECK_VALUE(a.winograd_cost >= 0, "winograd_cost must be a number from 0 up, got ",
                     a.winograd_cost);
+  if (!a.dense.empty()) check_dense(x, a, s);
   check_packed(a.weights[0], "weights[0]", s.hidden, s.c_in, 1, 1, x);
   check_packed(a.weights[2], "weights[2]", s.c_out, s.hidden, 1, 1, x);
   if (a.winograd) {
@@ -398,9 +417,42 @@ class Bottleneck {
   bool use_tiles_ = false;
 };
 
-void run(const at::Tensor& x, const Arguments& a, const Shape& s, const at::Tensor& out) {
-  const at::Tensor patches = a.mask ? decisions(*a.mask) : at::Tensor();
-  const bool* data = a.mask ? patches.const_data_ptr<bool>() : nullptr;
+// The same with dense convolutions; equals sparse execution.
+at::Tensor run_dense(const at::Tensor& x, const Arguments& a, const Shape& s,
+                     const at::Tensor& patches) {
+  const auto bias = [&](int i) { return a.biases[i].to(x.scalar_type()); };
+  at::Tensor out = at::conv2d(x, a.dense[0], bias(0), a.strides[0]).relu_();
+  out = at::conv2d(out, a.dense[1], bias(1), a.strides[1], a.dilation, a.dilation, a.groups);
+  out = at::conv2d(out.relu_(), a.dense[2], bias(2));
+  at::Tensor side = x;
+  if (s.downsample) {
+    side = a.shortcut ? at::conv2d(*a.shortcut, a.dense[3], bias(3))
+                      : at::conv2d(x, a.dense[3], bias(3), a.strides[0] * a.strides[1]);
+  }
+  if (!patches.defined()) return out.add_(side).relu_();
+  const auto expanded = [&](int64_t size) {
+    return at::arange(size, patches.options().dtype(at::kLong)).floor_divide(a.granularity);
+  };
+  const at::Tensor kept = patches.index_select(2, expanded(s.out_height))
+                              .index_select(3, expanded(s.out_width));
+  return at::addcmul(side, out, kept.to(x.scalar_type())).relu_();
+}
+
+// Where the share of kept outputs makes dense convolutions faster on this machine.
+bool prefers_dense(const Arguments& a, const Shape& s, const at::Tensor& patches) {
+  if (a.dense.empty()) return false;
+  if (!patches.defined()) return 1.0 > a.dense_above;
+  const MaskGeometry g(s.hidden_height, s.hidden_width, a.strides[1], a.dilation, a.granularity);
+  int64_t kept = 0;
+  for (int64_t n = 0; n < s.images; ++n) {
+    kept += count_outputs(g, patches.const_data_ptr<bool>() + n * patches.stride(0));
+  }
+  return kept > a.dense_above * static_cast<double>(s.images * s.out_height * s.out_width);
+}
+
+void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const at::Tensor& patches,
+                const at::Tensor& out) {
+  const bool* data = patches.defined() ? patches.const_data_ptr<bool>() : nullptr;
   if (x.scalar_type() == at::kFloat) {
     Bottleneck<float>(a, s, x, data, mutable_values(out, float{})).run();
   } else {
@@ -413,13 +465,19 @@ at::Tensor sparse_bottleneck(const at::Tensor& x, const std::optional<at::Tensor
                              const std::optional<at::Tensor>& winograd,
                              const std::optional<at::Tensor>& shortcut, int64_t granularity,
                              at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                             double winograd_cost) {
-  const Arguments a{mask,        std::move(weights), std::move(biases), winograd, shortcut,
-                    granularity, strides.vec(),      dilation,          groups,   winograd_cost};
+                             double winograd_cost, std::vector<at::Tensor> dense,
+                             double dense_above) {
+  const Arguments a{mask,     std::move(weights), std::move(biases), winograd,
+                    shortcut, granularity,        strides.vec(),     dilation,
+                    groups,   winograd_cost,      std::move(dense),  dense_above};
   const Shape s = check(x, a);
+  const at::Tensor patches = a.mask ? decisions(*a.mask) : at::Tensor();
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  if (prefers_dense(a, s, patches)) {
+    return run_dense(input, a, s, patches).contiguous(at::MemoryFormat::ChannelsLast);
+  }
   at::Tensor out = output_map(x, {s.images, s.c_out, s.out_height, s.out_width});
-  run(input, a, s, out);
+  run_sparse(input, a, s, patches, out);
   return out;
 }
 
@@ -428,14 +486,20 @@ void sparse_bottleneck_(const at::Tensor& x, const std::optional<at::Tensor>& ma
                         const std::optional<at::Tensor>& winograd,
                         const std::optional<at::Tensor>& shortcut, int64_t granularity,
                         at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                        double winograd_cost) {
+                        double winograd_cost, std::vector<at::Tensor> dense, double dense_above) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
-  const Arguments a{mask,        std::move(weights), std::move(biases), winograd, shortcut,
-                    granularity, strides.vec(),      dilation,          groups,   winograd_cost};
+  const Arguments a{mask,     std::move(weights), std::move(biases), winograd,
+                    shortcut, granularity,        strides.vec(),     dilation,
+                    groups,   winograd_cost,      std::move(dense),  dense_above};
   const Shape s = check(x, a);
+  const at::Tensor patches = a.mask ? decisions(*a.mask) : at::Tensor();
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
-  run(input, a, s, input);
+  if (prefers_dense(a, s, patches)) {
+    x.copy_(run_dense(input, a, s, patches));
+    return;
+  }
+  run_sparse(input, a, s, patches, input);
   if (!input.is_same(x)) x.copy_(input);
 }
 

@@ -36,20 +36,25 @@ Workspace& workspace() {
 }
 
 at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes) {
-  thread_local std::deque<at::Tensor> kept;
-  for (auto it = kept.begin(); it != kept.end(); ++it) {
-    if (it->use_count() == 1 && it->storage().use_count() == 1 && it->sizes() == sizes &&
-        it->scalar_type() == like.scalar_type()) {
-      at::Tensor found = std::move(*it);
-      kept.erase(it);
-      kept.push_back(found);
-      return found;
-    }
+  // Storages, not tensors: a tensor that Python has seen keeps its Python object alive.
+  thread_local std::deque<c10::Storage> kept;
+  const size_t bytes = c10::multiply_integers(sizes) * like.element_size();
+  const auto free = std::find_if(kept.begin(), kept.end(), [&](const c10::Storage& storage) {
+    return storage.use_count() == 1 && storage.nbytes() == bytes;
+  });
+  if (free == kept.end()) {
+    at::Tensor fresh =
+        at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+    if (kept.size() == kKeptOutputs) kept.pop_front();
+    kept.push_back(fresh.storage());
+    return fresh;
   }
-  if (kept.size() == kKeptOutputs) kept.pop_front();
-  at::Tensor fresh = at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
-  kept.push_back(fresh);
-  return fresh;
+  c10::Storage storage = std::move(*free);
+  kept.erase(free);
+  kept.push_back(storage);  // the least recently used one is dropped first
+  const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
+  at::Tensor reused = at::empty({0}, like.options().memory_format(at::MemoryFormat::Contiguous));
+  return reused.set_(storage, 0, sizes, {h * w * c, 1, w * c, c});
 }
 
 }  // namespace las_mm::cpu

@@ -366,6 +366,21 @@ def test_huge_strides_leave_one_output(implementation, strides):
     assert torch.equal(mask, keep >= 0)
 
 
+@cases.implementations("sparse_bottleneck", "gather_conv3x3")
+@pytest.mark.parametrize("dilation", [100, 2**31, 2**62])
+def test_huge_dilation_reads_the_centre_tap(implementation, dilation):
+    call = cases.implementation_of(implementation)
+    block = cases.Block(2, (7, 9), (8, 16, 24), strides=(1, 2), downsample=True, dilation=9)
+    expected, scale = block.expected(block.x)
+    far = (block.granularity, block.strides, dilation, block.groups, 1.0)
+    actual = call("sparse_bottleneck", block.x, *block.arguments[:5], *far)
+    assert_close(actual, expected, scale, torch.float32)
+    hidden = block.features(16, (7, 9), "contiguous")
+    rest = (hidden, block.mask, block.weights[1], block.biases[1], 3, 2)
+    near, far = (call("gather_conv3x3", *rest, d, 1) for d in (9, dilation))
+    assert torch.equal(near, far)
+
+
 # opcheck -----------------------------------------------------------------------------------------
 
 BLOCKS = {
@@ -469,7 +484,17 @@ def test_every_instruction_set(level):
     environment = dict(os.environ, LAS_MM_CPU_ISA=level, OMP_NUM_THREADS="1")
     environment["LAS_MM_HYPOTHESIS_SCALE"] = str(0.1 * cases.SCALE)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE), "-q", "-k", "native or isa"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(HERE),
+            "-q",
+            "-k",
+            "native or isa",
+            "-p",
+            "no:faulthandler",
+        ],
         env=environment,
         capture_output=True,
         text=True,
