@@ -3,7 +3,6 @@
 // leaves the cache. Rows of an NHWC image with a zero border make one kernel row of all channels
 // one run of memory: the convolution is a product of 7 taps with 7 * C_in channels.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "common/checks.h"
@@ -38,11 +37,9 @@ class Stem {
 
   void run() {
     const int64_t bands = std::min(out_height_, ceil_div(at::get_num_threads() * 2, images_));
-    at::parallel_for(0, images_ * bands, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t band = task % bands;
-        run_band(task / bands, out_height_ * band / bands, out_height_ * (band + 1) / bands);
-      }
+    parallel_tasks(images_ * bands, [&](int64_t task) {
+      const int64_t band = task % bands;
+      run_band(task / bands, out_height_ * band / bands, out_height_ * (band + 1) / bands);
     });
   }
 

@@ -28,12 +28,32 @@ struct Step<V, bf16> : V::Bf16Step {
   static constexpr int kDepth = 2;
 };
 
+constexpr int kLine = 64;  // bytes of a cache line
+
+// Output values of a tile will be needed in a while, and may be as far away as main memory.
+template <typename T, int kRows>
+inline void prefetch_targets(const Panel<T>& p, int64_t first_row, int64_t column, int columns) {
+  for (int i = 0; i < kRows; ++i) {
+    const T* row = p.out[first_row + i] + column;
+    for (int j = 0; j < columns; j += kLine / static_cast<int>(sizeof(T))) {
+      __builtin_prefetch(row + j, 1);
+    }
+    if (p.residual == nullptr || p.residual[first_row + i] == p.out[first_row + i]) continue;
+    const T* other = p.residual[first_row + i] + column;
+    for (int j = 0; j < columns; j += kLine / static_cast<int>(sizeof(T))) {
+      __builtin_prefetch(other + j);
+    }
+  }
+}
+
 template <typename V, typename T, int kRows, int kVectors>
 inline void tile(const Panel<T>& p, int64_t first_row, int first_column) {
   using S = Step<V, T>;
   using Reg = typename V::Reg;
   constexpr int kColumns = kVectors * V::kLanes;
   const int64_t weight_stride = int64_t{p.width} * S::kDepth;
+  constexpr int64_t kBlock = kLine / sizeof(T);  // input channels of a cache line
+  prefetch_targets<T, kRows>(p, first_row, p.column + first_column, kColumns);
   Reg sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -43,24 +63,35 @@ inline void tile(const Panel<T>& p, int64_t first_row, int first_column) {
   for (int s = 0; s < p.segment_count; ++s) {
     const Segment<T>& segment = p.segments[s];
     const T* rows[kRows];
+    const T* next[kRows];  // the rows of the next tile: their pages are no neighbours of these
+    const int64_t last = p.rows - 1;
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) rows[i] = segment.rows[first_row + i] + segment.offset;
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = first_row + i, after = row + kRows;
+      rows[i] = segment.rows[row] + segment.offset;
+      next[i] = segment.rows[after < last ? after : last] + segment.offset;
+    }
     const T* weights = segment.weights + first_column * S::kDepth;
     const int64_t whole = segment.depth - segment.depth % S::kDepth;
-    for (int64_t k = 0; k < whole; k += S::kDepth) {
-      typename S::B b[kVectors];
+    for (int64_t block = 0; block < whole; block += kBlock) {
+      const int64_t end = block + kBlock < whole ? block + kBlock : whole;
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) {
-        const T* line = weights + j * V::kLanes * S::kDepth;
-        b[j] = S::load_b(line);
-        __builtin_prefetch(line + 16 * weight_stride);  // measured: 8 to 32 steps ahead are alike
-      }
-      weights += weight_stride;
+      for (int i = 0; i < kRows; ++i) __builtin_prefetch(next[i] + block);
+      for (int64_t k = block; k < end; k += S::kDepth) {
+        typename S::B b[kVectors];
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const typename S::A a = S::load_a(rows[i] + k);
+        for (int j = 0; j < kVectors; ++j) {
+          const T* line = weights + j * V::kLanes * S::kDepth;
+          b[j] = S::load_b(line);
+          __builtin_prefetch(line + 16 * weight_stride);  // measured: 8 to 32 steps are alike
+        }
+        weights += weight_stride;
 #pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) sums[i][j] = S::multiply(a, b[j], sums[i][j]);
+        for (int i = 0; i < kRows; ++i) {
+          const typename S::A a = S::load_a(rows[i] + k);
+#pragma GCC unroll 8
+          for (int j = 0; j < kVectors; ++j) sums[i][j] = S::multiply(a, b[j], sums[i][j]);
+        }
       }
     }
     if (whole != segment.depth) {  // the last channel of an odd number of bfloat16

@@ -17,8 +17,8 @@
 namespace las_mm::cpu {
 namespace {
 
-constexpr int64_t kTileValues = 128 * 1024;  // transformed inputs of a chunk of Winograd tiles
-constexpr int kTile = 16;                    // values of a transformed 4x4 input
+constexpr int64_t kChunkTiles = 48;  // Winograd tiles of 2x2 outputs; measured: 36 to 60 are alike
+constexpr int kTile = 16;            // values of a transformed 4x4 input
 
 struct Arguments {
   std::optional<at::Tensor> mask;
@@ -168,7 +168,7 @@ class Bottleneck {
                                                     9.0 * w_.kept.size());
     if (use_tiles_) clear_blank();
     const int64_t units = use_tiles_ ? w_.tiles.size() : w_.kept.size();
-    const int64_t chunk = use_tiles_ ? tiles_per_chunk() : kChunkRows;
+    const int64_t chunk = use_tiles_ ? kChunkTiles : kChunkRows;
     if (ceil_div(units, chunk) >= at::get_num_threads()) {
       parallel_chunks(units, chunk, 1, [&](int64_t lo, int64_t hi, int64_t, int64_t) {
         T* hidden = scratch().hidden.template get<T>((hi - lo) * (use_tiles_ ? 4 : 1) * s_.hidden);
@@ -207,9 +207,6 @@ class Bottleneck {
     return shortcut_ + (row + p.x * shortcut_stride_) * shortcut_channels_;
   }
   int64_t conv2_panels() const { return a_.groups * hidden_panels_.count(); }
-  int64_t tiles_per_chunk() const {
-    return std::clamp<int64_t>(kTileValues / (kTile * s_.hidden) / 6 * 6, 12, 96);
-  }
 
   void add_biases() {
     float* sum = w_.bias.template get<float>(s_.c_out);
@@ -346,11 +343,30 @@ class Bottleneck {
         const Tap<float> tap{in, t * tiles * channels, channels, weights, t, kTile};
         run_panels<float>(tiles, &tap, 1, panels, p, p + 1,
                           {nullptr, nullptr, out, t * tiles * kPanel - p * kPanel, false});
+        const int64_t part = (p - first) * kTile + t, parts = (last - first) * kTile;
+        prefetch_outputs(lo + tiles * part / parts, lo + tiles * (part + 1) / parts);
       }
       for (int64_t i = 0; i < tiles; ++i) {
         k.winograd_output(products + i * kPanel, tiles * kPanel, panels.valid(p),
                           biases_[1] + p * kPanel, hidden + 4 * i * channels + p * kPanel,
                           channels);
+      }
+    }
+  }
+
+  // Brings the outputs of tiles [lo, hi), which conv3 will add to, into the second-level cache
+  // while conv2 computes.
+  void prefetch_outputs(int64_t lo, int64_t hi) const {
+    constexpr int64_t kLineValues = 64 / sizeof(T);
+    const int64_t tile_height = ceil_div(s_.out_height, 2), tile_width = ceil_div(s_.out_width, 2);
+    for (int64_t i = lo; i < hi; ++i) {
+      const Point p = point(w_.tiles[i], tile_height, tile_width);
+      for (int64_t y = 2 * p.y; y < std::min(2 * p.y + 2, s_.out_height); ++y) {
+        const int64_t x = 2 * p.x, columns = std::min<int64_t>(2, s_.out_width - x);
+        const T* row = out_ + ((p.image * s_.out_height + y) * s_.out_width + x) * s_.c_out;
+        for (int64_t j = 0; j < columns * s_.c_out; j += kLineValues) {
+          __builtin_prefetch(row + j, 1, 2);
+        }
       }
     }
   }

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "common/patch_geometry.h"
 #include "cpu/kernels.h"
@@ -74,6 +75,16 @@ void run_panels(int64_t rows, const Tap<T>* taps, int tap_count, const Panels& p
   }
 }
 
+// Calls f(task) for all tasks; a thread takes the next one when it is free, so that one that is held
+// up by other work on the machine does not hold up the rest.
+template <typename F>
+void parallel_tasks(int64_t tasks, const F& f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) f(task);
+  });
+}
+
 // Cuts rows x panels into tasks for at::parallel_for and calls f(row, last_row, panel, last_panel).
 // Rows are cut into chunks that fit the cache; if there are too few chunks for the threads (small
 // images), panels are cut too, so that each thread reads only its part of the weights.
@@ -88,12 +99,10 @@ void parallel_chunks(int64_t rows, int64_t chunk, int64_t panels, const F& f) {
   } else {
     row_tasks = std::min(rows, ceil_div(row_tasks, threads) * threads);
   }
-  at::parallel_for(0, row_tasks * panel_tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t r = task / panel_tasks, p = task % panel_tasks;
-      f(rows * r / row_tasks, rows * (r + 1) / row_tasks, panels * p / panel_tasks,
-        panels * (p + 1) / panel_tasks);
-    }
+  parallel_tasks(row_tasks * panel_tasks, [&](int64_t task) {
+    const int64_t r = task / panel_tasks, p = task % panel_tasks;
+    f(rows * r / row_tasks, rows * (r + 1) / row_tasks, panels * p / panel_tasks,
+      panels * (p + 1) / panel_tasks);
   });
 }
 

@@ -1,27 +1,59 @@
 #include "cpu/workspace.h"
 
 #include <ATen/ATen.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
+#include <cstdlib>
 #include <deque>
+#include <new>
 
 namespace las_mm::cpu {
 namespace {
 
-constexpr int64_t kCacheLine = 64;
+constexpr size_t kCacheLine = 64;
 // Stage outputs of two forward passes: while the next one runs, its caller still holds the last.
 constexpr size_t kKeptOutputs = 10;
 
+constexpr size_t kHugePage = size_t{1} << 21;
+
+// Large blocks lie on huge pages where the system has them: scattered rows of a large map miss the
+// TLB otherwise, and its first use takes a page fault every 4 KiB.
+void* allocate(size_t bytes) {
+#ifdef _WIN32
+  void* memory = _aligned_malloc(bytes, kCacheLine);
+  if (memory == nullptr) throw std::bad_alloc();
+#else
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, alignment, bytes) != 0) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint
+#endif
+#endif
+  return memory;
+}
+
+void release(void* memory) {
+#ifdef _WIN32
+  _aligned_free(memory);
+#else
+  std::free(memory);
+#endif
+}
+
 }  // namespace
+
+Buffer::~Buffer() { release(data_); }
 
 void Buffer::reserve(int64_t bytes) {
   if (bytes <= capacity_) return;
+  release(data_);  // before the new one is taken: peak memory matters more than its contents
   data_ = nullptr;
   capacity_ = 0;
-  memory_.reset();  // before the new one is taken: peak memory matters more than its contents
-  memory_.reset(new char[bytes + kCacheLine]);
-  const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-  data_ = memory_.get() + (kCacheLine - address % kCacheLine) % kCacheLine;
+  data_ = allocate(bytes);
   capacity_ = bytes;
 }
 
@@ -42,19 +74,20 @@ at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes) {
   const auto free = std::find_if(kept.begin(), kept.end(), [&](const c10::Storage& storage) {
     return storage.use_count() == 1 && storage.nbytes() == bytes;
   });
+  c10::Storage storage;
   if (free == kept.end()) {
-    at::Tensor fresh =
-        at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+    void* memory = allocate(std::max(bytes, kCacheLine));
+    storage = c10::Storage(c10::Storage::use_byte_size_t(), bytes,
+                           c10::DataPtr(memory, memory, &release, c10::Device(c10::kCPU)));
     if (kept.size() == kKeptOutputs) kept.pop_front();
-    kept.push_back(fresh.storage());
-    return fresh;
+  } else {
+    storage = std::move(*free);
+    kept.erase(free);
   }
-  c10::Storage storage = std::move(*free);
-  kept.erase(free);
   kept.push_back(storage);  // the least recently used one is dropped first
   const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-  at::Tensor reused = at::empty({0}, like.options().memory_format(at::MemoryFormat::Contiguous));
-  return reused.set_(storage, 0, sizes, {h * w * c, 1, w * c, c});
+  at::Tensor out = at::empty({0}, like.options().memory_format(at::MemoryFormat::Contiguous));
+  return out.set_(storage, 0, sizes, {h * w * c, 1, w * c, c});
 }
 
 }  // namespace las_mm::cpu

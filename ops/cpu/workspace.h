@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -14,18 +13,22 @@ namespace las_mm::cpu {
 // A block of memory that only grows; its contents do not survive a call of get().
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer();
+
   // `count` uninitialised values, aligned to a cache line.
   template <typename T>
   T* get(int64_t count) {
     reserve(count * static_cast<int64_t>(sizeof(T)));
-    return reinterpret_cast<T*>(data_);
+    return static_cast<T*>(data_);
   }
 
  private:
   void reserve(int64_t bytes);
 
-  std::unique_ptr<char[]> memory_;
-  char* data_ = nullptr;
+  void* data_ = nullptr;
   int64_t capacity_ = 0;
 };
 
