@@ -1,5 +1,5 @@
 // Entry of the extension module las_mm._C. Loading it runs the static registrations of the files
-// in cpu/ and cuda/; the module itself is empty. Schemas live in las_mm/ops.py.
+// in cpu/ and cuda/; the module itself is empty. Schemas live in las_mm/ops/.
 #include <Python.h>
 
 PyMODINIT_FUNC PyInit__C() {

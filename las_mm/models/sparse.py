@@ -78,7 +78,9 @@ def prepare(model: nn.Module) -> nn.Module:
         )
     for name, backbone in backbones:
         if backbone.training:
-            raise RuntimeError(f"{name or type(backbone).__name__} is in training mode; call .eval()")
+            raise RuntimeError(
+                f"{name or type(backbone).__name__} is in training mode; call .eval()"
+            )
         with torch.no_grad():
             backbone.prepare()
     return model

@@ -53,9 +53,7 @@ _DEVICES_WITH_KERNELS = frozenset(
     device
     for device in ("cpu", "cuda")
     if _NATIVE
-    and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "las_mm::sparse_bottleneck", device.upper()
-    )
+    and torch._C._dispatch_has_kernel_for_dispatch_key("las_mm::sparse_bottleneck", device.upper())
 )
 
 

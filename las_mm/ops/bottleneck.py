@@ -17,13 +17,13 @@ from las_mm.ops.convolution import (
     expand,
 )
 from las_mm.ops.library import LIBRARY
-from las_mm.ops.masks import ceil_div, check_map, check_strides, check_vector
+from las_mm.ops.masks import ceil_div, check_kind, check_map, check_strides, check_vector
 from las_mm.ops.packing import unpack_conv
 
 _SCHEMA = (
     "Tensor? mask, Tensor[] weights, Tensor[] biases, Tensor? winograd, Tensor? shortcut, "
-    "int granularity, int[2] strides, int dilation, int groups, float winograd_cost, Tensor[] dense, "
-    "float dense_above"
+    "int granularity, int[2] strides, int dilation, int groups, float winograd_cost, "
+    "Tensor[]? dense=None, float dense_above=1.0"
 )
 
 
@@ -40,8 +40,8 @@ class _Arguments(NamedTuple):
     dilation: int
     groups: int
     winograd_cost: float
-    dense: Sequence[Tensor]
-    dense_above: float
+    dense: Sequence[Tensor] | None = None
+    dense_above: float = 1.0
 
 
 def _check(x: Tensor, a: _Arguments) -> list[int]:
@@ -81,9 +81,10 @@ def _check(x: Tensor, a: _Arguments) -> list[int]:
 
 
 def _check_dense(x: Tensor, a: _Arguments, width: int, c_out: int) -> None:
+    assert a.dense is not None
     if len(a.dense) != len(a.weights):
         raise ValueError(
-            f"dense must be empty or hold {len(a.weights)} weights as weights does, got "
+            f"dense must be None or hold {len(a.weights)} weights as weights does, got "
             f"{len(a.dense)}"
         )
     side = x.shape[1] if a.shortcut is None else a.shortcut.shape[1]
@@ -96,7 +97,7 @@ def _check_dense(x: Tensor, a: _Arguments, width: int, c_out: int) -> None:
     for i, (weight, shape) in enumerate(zip(a.dense, shapes)):
         if list(weight.shape) != shape:
             raise ValueError(f"dense[{i}] must have shape {shape}, got {list(weight.shape)}")
-        check_vector(weight, f"dense[{i}]", weight.numel(), x.dtype, x)
+        check_kind(weight, f"dense[{i}]", x.dtype, x)
 
 
 def _check_shortcut(x: Tensor, a: _Arguments, c_out: int, size: list[int]) -> None:
@@ -134,10 +135,10 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     a = _Arguments(*arguments)
     size = _check(x, a)
     out = convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1).relu().to(x.dtype)
-    if a.weights[1].numel():
-        out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
-    else:
+    if a.winograd is not None and not a.weights[1].numel():
         out = _winograd(out, a.winograd, a.biases[1])
+    else:
+        out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = convolve(out.relu().to(x.dtype), a.weights[2], a.biases[2], 1, 1, 1, 1)
     if a.mask is not None:
         kept = expand(a.mask, "mask", size, a.granularity)
@@ -206,7 +207,7 @@ def sparse_bottleneck(
     dilation: int = 1,
     groups: int = 1,
     winograd_cost: float = 1.0,
-    dense: Sequence[Tensor] = (),
+    dense: Sequence[Tensor] | None = None,
     dense_above: float = 1.0,
 ) -> Tensor:
     """relu(shortcut + mask * conv3(relu(conv2(relu(conv1(x)))))), computed at kept outputs only.
@@ -230,7 +231,7 @@ def sparse_bottleneck(
         groups: Groups of conv2.
         winograd_cost: Time of a multiplication in the Winograd form relative to the direct form;
             decides which of the two serves a mask that cuts through 2x2 tiles.
-        dense: The same weights as ``weights``, not packed, or empty.
+        dense: The same weights as ``weights``, not packed, or ``None``.
         dense_above: If ``dense`` is given, dense convolutions run where a larger share of the
             outputs is kept.
 
@@ -267,7 +268,7 @@ def sparse_bottleneck_(
     dilation: int = 1,
     groups: int = 1,
     winograd_cost: float = 1.0,
-    dense: Sequence[Tensor] = (),
+    dense: Sequence[Tensor] | None = None,
     dense_above: float = 1.0,
 ) -> Tensor:
     """:func:`sparse_bottleneck` of a block without downsample convolution, written into ``x``.

@@ -16,7 +16,7 @@ from las_mm.ops.masks import (
     _spatial_mask_reference,
     ceil_div,
     check_map,
-    check_strides,
+    check_stride,
     check_vector,
 )
 from las_mm.ops.packing import packed_numel, unpack_conv
@@ -114,7 +114,7 @@ def _masker_conv1x1_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _masker_conv1x1_check(x, weight, bias)
     mask, rates = _spatial_mask_reference(
-        x, masker_weight, masker_bias, offset, granularity, strides, dilation
+        x, masker_weight, masker_bias, offset, granularity, strides, dilation, "masker_"
     )
     size = conv_size(x, strides[0])
     halo, _ = _dilate_mask_reference(mask, granularity, size, strides[1], dilation)
@@ -136,7 +136,7 @@ def _masker_conv1x1_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _masker_conv1x1_check(x, weight, bias)
     mask, rates = _spatial_mask_fake(
-        x, masker_weight, masker_bias, offset, granularity, strides, dilation
+        x, masker_weight, masker_bias, offset, granularity, strides, dilation, "masker_"
     )
     return mask, rates, empty_map(x, bias.numel(), conv_size(x, strides[0]))
 
@@ -198,7 +198,9 @@ def _gather_conv3x3_check(
     groups: int,
 ) -> list[int]:
     check_map(hidden, "hidden")
-    check_strides((1, stride), dilation)
+    check_stride(stride, "stride")
+    if dilation <= 0:
+        raise ValueError(f"dilation must be positive, got {dilation}")
     channels = hidden.shape[1]
     if groups <= 0 or channels % groups or bias.numel() % groups:
         raise ValueError(

@@ -13,6 +13,8 @@ from las_mm.ops.library import LIBRARY
 LAYER = 1 << 30
 """Granularity of a block that decides for the whole image (layer mode)."""
 
+MAX_STRIDE = 1 << 15  # products of strides and sizes stay in range
+
 MASK_DTYPES = (
     torch.bool,
     torch.uint8,
@@ -134,21 +136,32 @@ def check_map(x: Tensor, name: str, channels: int | None = None) -> None:
 
 
 def check_vector(v: Tensor, name: str, size: int, dtype: torch.dtype, like: Tensor) -> None:
-    """Raise ValueError unless ``v`` has ``size`` values of ``dtype`` on the device of ``like``."""
-    if v.numel() != size:
-        raise ValueError(f"{name} must have {size} values, got shape {list(v.shape)}")
+    """Raise ValueError unless ``v`` is (size,) of ``dtype`` on the device of ``like``."""
+    if list(v.shape) != [size]:
+        raise ValueError(f"{name} must have shape [{size}], got {list(v.shape)}")
+    check_kind(v, name, dtype, like)
+
+
+def check_kind(v: Tensor, name: str, dtype: torch.dtype, like: Tensor) -> None:
+    """Raise ValueError unless ``v`` has ``dtype`` and lies on the device of ``like``."""
     if v.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {v.dtype}")
     if v.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {v.device}")
 
 
+def check_stride(stride: int, name: str) -> None:
+    """Raise ValueError unless ``stride`` is 1 to :data:`MAX_STRIDE`."""
+    if not 0 < stride <= MAX_STRIDE:
+        raise ValueError(f"{name} must be 1 to {MAX_STRIDE}, got {stride}")
+
+
 def check_strides(strides: Sequence[int], dilation: int) -> None:
-    """Raise ValueError unless the block's strides and dilation are positive."""
-    if len(strides) != 2 or min(strides) <= 0:
-        raise ValueError(
-            f"strides must be positive (stride of conv1, stride of conv2), got {list(strides)}"
-        )
+    """Raise ValueError unless the block's strides and dilation are positive and sane."""
+    if len(strides) != 2:
+        raise ValueError(f"strides must be (stride of conv1, stride of conv2), got {list(strides)}")
+    for stride in strides:
+        check_stride(stride, "strides")
     if dilation <= 0:
         raise ValueError(f"dilation must be positive, got {dilation}")
 
@@ -161,11 +174,16 @@ def _spatial_mask_check(
     granularity: int,
     strides: Sequence[int],
     dilation: int,
+    prefix: str = "",
 ) -> tuple[list[int], list[int]]:
     """Return the size of conv1's output and of the patch grid."""
     check_map(x, "x")
-    check_vector(weight, "weight", 2 * x.shape[1], x.dtype, x)
-    check_vector(bias, "bias", 2, x.dtype, x)
+    if weight.numel() != 2 * x.shape[1]:
+        raise ValueError(
+            f"{prefix}weight must have shape [2, {x.shape[1]}, 1, 1], got {list(weight.shape)}"
+        )
+    check_kind(weight, f"{prefix}weight", x.dtype, x)
+    check_vector(bias, f"{prefix}bias", 2, x.dtype, x)
     if granularity <= 0:
         raise ValueError(f"granularity must be positive, got {granularity}")
     check_strides(strides, dilation)
@@ -193,8 +211,11 @@ def _spatial_mask_reference(
     granularity: int,
     strides: Sequence[int],
     dilation: int,
+    prefix: str = "",
 ) -> tuple[Tensor, Tensor]:
-    size, grid = _spatial_mask_check(x, weight, bias, offset, granularity, strides, dilation)
+    size, grid = _spatial_mask_check(
+        x, weight, bias, offset, granularity, strides, dilation, prefix
+    )
     difference = weight.float().view(2, -1)
     # The masker is linear: one map of per-position scores, pooled afterwards, is the same.
     scores = torch.einsum("nchw,c->nhw", x.float(), difference[0] - difference[1])[:, None]
@@ -218,8 +239,9 @@ def _spatial_mask_fake(
     granularity: int,
     strides: Sequence[int],
     dilation: int,
+    prefix: str = "",
 ) -> tuple[Tensor, Tensor]:
-    _, grid = _spatial_mask_check(x, weight, bias, offset, granularity, strides, dilation)
+    _, grid = _spatial_mask_check(x, weight, bias, offset, granularity, strides, dilation, prefix)
     mask = x.new_empty((x.shape[0], 1, *grid), dtype=torch.bool)
     return mask, x.new_empty((2,), dtype=torch.float32)
 

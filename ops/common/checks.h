@@ -1,5 +1,5 @@
 // Argument checks shared by all back ends. They raise ValueError in Python and name the argument;
-// las_mm/ops.py states the same conditions for the reference implementations.
+// las_mm/ops/ states the same conditions for the reference implementations.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,6 +14,13 @@ namespace las_mm {
 
 inline void check_positive(int64_t value, const char* name) {
   TORCH_CHECK_VALUE(value > 0, name, " must be positive, got ", value);
+}
+
+constexpr int64_t kMaxStride = 1 << 15;  // products of strides and sizes stay in range
+
+inline void check_stride(int64_t stride, const char* name) {
+  TORCH_CHECK_VALUE(stride > 0 && stride <= kMaxStride, name, " must be 1 to ", kMaxStride,
+                    ", got ", stride);
 }
 
 inline void check_size(at::IntArrayRef size, const char* name) {
@@ -59,8 +66,8 @@ inline void check_same(const at::Tensor& x, const at::Tensor& like, const char* 
 
 inline void check_vector(const at::Tensor& v, const std::string& name, int64_t size,
                          at::ScalarType dtype, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(v.numel() == size, name, " must have ", size, " values, got shape ",
-                    v.sizes());
+  TORCH_CHECK_VALUE(v.dim() == 1 && v.numel() == size, name, " must have shape [", size,
+                    "], got ", v.sizes());
   TORCH_CHECK_VALUE(v.scalar_type() == dtype, name, " must be ", dtype, ", got ",
                     v.scalar_type());
   TORCH_CHECK_VALUE(v.device() == like.device(), name, " must be on ", like.device(), ", got ",
@@ -78,8 +85,9 @@ inline void check_packed(const at::Tensor& packed, const std::string& name, int6
 }
 
 inline void check_strides(at::IntArrayRef strides, int64_t dilation) {
-  TORCH_CHECK_VALUE(strides.size() == 2 && strides[0] > 0 && strides[1] > 0,
-                    "strides must be positive (stride of conv1, stride of conv2), got ", strides);
+  TORCH_CHECK_VALUE(strides.size() == 2, "strides must be (stride of conv1, stride of conv2), got ",
+                    strides);
+  for (const int64_t stride : strides) check_stride(stride, "strides");
   check_positive(dilation, "dilation");
 }
 

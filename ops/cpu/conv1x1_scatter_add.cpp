@@ -51,9 +51,9 @@ void conv1x1_scatter_add_(const at::Tensor& residual, const at::Tensor& x, const
   Workspace& w = workspace();
   list_positions(patches.const_data_ptr<bool>(), x.size(0), g, {}, w);
   if (x.scalar_type() == at::kFloat) {
-    conv3<float>(stream, input, weight, bias, w.kept);
+    conv3<float>(stream, input, weight.contiguous(), bias.contiguous(), w.kept);
   } else {
-    conv3<bf16>(stream, input, weight, bias, w.kept);
+    conv3<bf16>(stream, input, weight.contiguous(), bias.contiguous(), w.kept);
   }
   if (!stream.is_same(residual)) residual.copy_(stream);
 }

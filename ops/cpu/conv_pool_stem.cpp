@@ -128,9 +128,9 @@ at::Tensor conv_pool_stem(const at::Tensor& x, const at::Tensor& weight, const a
   const int64_t width = ceil_div(ceil_div(x.size(3), 2), 2);
   at::Tensor out = output_map(x, {x.size(0), bias.numel(), height, width});
   if (x.scalar_type() == at::kFloat) {
-    Stem<float>(x, weight, bias, out).run();
+    Stem<float>(x, weight.contiguous(), bias.contiguous(), out).run();
   } else {
-    Stem<bf16>(x, weight, bias, out).run();
+    Stem<bf16>(x, weight.contiguous(), bias.contiguous(), out).run();
   }
   return out;
 }

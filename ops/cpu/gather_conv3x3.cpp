@@ -57,7 +57,7 @@ at::Tensor gather_conv3x3(const at::Tensor& hidden, const at::Tensor& mask,
                           const at::Tensor& weight, const at::Tensor& bias, int64_t granularity,
                           int64_t stride, int64_t dilation, int64_t groups) {
   check_map(hidden, "hidden");
-  check_positive(stride, "stride");
+  check_stride(stride, "stride");
   check_positive(dilation, "dilation");
   const int64_t c_in = hidden.size(1), c_out = bias.numel();
   check_groups(groups, c_in, c_out);
@@ -71,12 +71,11 @@ at::Tensor gather_conv3x3(const at::Tensor& hidden, const at::Tensor& mask,
   const at::Tensor patches = decisions(mask);
   Workspace& w = workspace();
   list_positions(patches.const_data_ptr<bool>(), hidden.size(0), g, {}, w);
-  at::Tensor out = at::zeros({hidden.size(0), c_out, g.rows.size, g.columns.size},
-                             hidden.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor out = output_map(hidden, {hidden.size(0), c_out, g.rows.size, g.columns.size}).zero_();
   if (hidden.scalar_type() == at::kFloat) {
-    conv2<float>(input, weight, bias, g, groups, w, out);
+    conv2<float>(input, weight.contiguous(), bias.contiguous(), g, groups, w, out);
   } else {
-    conv2<bf16>(input, weight, bias, g, groups, w, out);
+    conv2<bf16>(input, weight.contiguous(), bias.contiguous(), g, groups, w, out);
   }
   return out;
 }

@@ -45,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masker_conv1x1(
   check_packed(weight, "weight", bias.numel(), x.size(1), 1, 1, x);
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   auto [mask, rates] =
-      spatial_mask(input, masker_weight, masker_bias, offset, granularity, strides, dilation);
+      decide(input, masker_weight, masker_bias, offset, granularity, strides, dilation, "masker_");
   const MaskGeometry g(ceil_div(x.size(2), strides[0]), ceil_div(x.size(3), strides[0]),
                        strides[1], dilation, granularity);
   check_positions(x.size(0) * x.size(2) * x.size(3), "x");
@@ -54,12 +54,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masker_conv1x1(
   wanted.halo = true;
   list_positions(mask.const_data_ptr<bool>(), x.size(0), g, wanted, w);
   at::Tensor hidden =
-      at::zeros({x.size(0), bias.numel(), g.conv_rows.input, g.conv_columns.input},
-                x.options().memory_format(at::MemoryFormat::ChannelsLast));
+      output_map(x, {x.size(0), bias.numel(), g.conv_rows.input, g.conv_columns.input}).zero_();
   if (x.scalar_type() == at::kFloat) {
-    conv1<float>(input, weight, bias, strides[0], w.halo, hidden);
+    conv1<float>(input, weight.contiguous(), bias.contiguous(), strides[0], w.halo, hidden);
   } else {
-    conv1<bf16>(input, weight, bias, strides[0], w.halo, hidden);
+    conv1<bf16>(input, weight.contiguous(), bias.contiguous(), strides[0], w.halo, hidden);
   }
   return {mask, rates, hidden};
 }

@@ -28,7 +28,7 @@ struct Arguments {
   std::vector<int64_t> strides;
   int64_t dilation, groups;
   double winograd_cost;
-  std::vector<at::Tensor> dense;
+  std::optional<std::vector<at::Tensor>> dense;
   double dense_above;
 };
 
@@ -40,19 +40,20 @@ struct Shape {
   bool downsample;
 };
 
-void check_dense(const at::Tensor& x, const Arguments& a, const Shape& s) {
-  TORCH_CHECK_VALUE(a.dense.size() == a.weights.size(), "dense must be empty or hold ",
-                    a.weights.size(), " weights as weights does, got ", a.dense.size());
+void check_dense(const at::Tensor& x, const std::vector<at::Tensor>& dense, const Arguments& a,
+                 const Shape& s) {
+  TORCH_CHECK_VALUE(dense.size() == a.weights.size(), "dense must be None or hold ",
+                    a.weights.size(), " weights as weights does, got ", dense.size());
   const int64_t side = a.shortcut && a.shortcut->dim() == 4 ? a.shortcut->size(1) : s.c_in;
   const std::vector<int64_t> shapes[] = {{s.hidden, s.c_in, 1, 1},
                                          {s.hidden, s.hidden / a.groups, 3, 3},
                                          {s.c_out, s.hidden, 1, 1},
                                          {s.c_out, side, 1, 1}};
-  for (size_t i = 0; i < a.dense.size(); ++i) {
+  for (size_t i = 0; i < dense.size(); ++i) {
     const std::string name = "dense[" + std::to_string(i) + "]";
-    TORCH_CHECK_VALUE(a.dense[i].sizes() == at::IntArrayRef(shapes[i]), name, " must have shape ",
-                      at::IntArrayRef(shapes[i]), ", got ", a.dense[i].sizes());
-    check_vector(a.dense[i], name, a.dense[i].numel(), x.scalar_type(), x);
+    TORCH_CHECK_VALUE(dense[i].sizes() == at::IntArrayRef(shapes[i]), name, " must have shape ",
+                      at::IntArrayRef(shapes[i]), ", got ", dense[i].sizes());
+    check_same(dense[i], x, name.c_str());
   }
 }
 
@@ -79,7 +80,7 @@ Shape check(const at::Tensor& x, const Arguments& a) {
   }
   TORCH_CHECK_VALUE(a.winograd_cost >= 0, "winograd_cost must be a number from 0 up, got ",
                     a.winograd_cost);
-  if (!a.dense.empty()) check_dense(x, a, s);
+  if (a.dense) check_dense(x, *a.dense, a, s);
   check_packed(a.weights[0], "weights[0]", s.hidden, s.c_in, 1, 1, x);
   check_packed(a.weights[2], "weights[2]", s.c_out, s.hidden, 1, 1, x);
   if (a.winograd) {
@@ -115,6 +116,13 @@ Shape check(const at::Tensor& x, const Arguments& a) {
   }
   if (a.mask) check_mask_for(*a.mask, "mask", x, s.out_height, s.out_width, a.granularity);
   return s;
+}
+
+// The kernels read weights and biases as plain arrays.
+void make_contiguous(Arguments& a) {
+  for (at::Tensor& weight : a.weights) weight = weight.contiguous();
+  for (at::Tensor& bias : a.biases) bias = bias.contiguous();
+  if (a.winograd) a.winograd = a.winograd->contiguous();
 }
 
 template <typename T>
@@ -436,14 +444,15 @@ class Bottleneck {
 // The same with dense convolutions; equals sparse execution.
 at::Tensor run_dense(const at::Tensor& x, const Arguments& a, const Shape& s,
                      const at::Tensor& patches) {
+  const std::vector<at::Tensor>& dense = *a.dense;
   const auto bias = [&](int i) { return a.biases[i].to(x.scalar_type()); };
-  at::Tensor out = at::conv2d(x, a.dense[0], bias(0), a.strides[0]).relu_();
-  out = at::conv2d(out, a.dense[1], bias(1), a.strides[1], a.dilation, a.dilation, a.groups);
-  out = at::conv2d(out.relu_(), a.dense[2], bias(2));
+  at::Tensor out = at::conv2d(x, dense[0], bias(0), a.strides[0]).relu_();
+  out = at::conv2d(out, dense[1], bias(1), a.strides[1], a.dilation, a.dilation, a.groups);
+  out = at::conv2d(out.relu_(), dense[2], bias(2));
   at::Tensor side = x;
   if (s.downsample) {
-    side = a.shortcut ? at::conv2d(*a.shortcut, a.dense[3], bias(3))
-                      : at::conv2d(x, a.dense[3], bias(3), a.strides[0] * a.strides[1]);
+    side = a.shortcut ? at::conv2d(*a.shortcut, dense[3], bias(3))
+                      : at::conv2d(x, dense[3], bias(3), a.strides[0] * a.strides[1]);
   }
   if (!patches.defined()) return out.add_(side).relu_();
   const auto expanded = [&](int64_t size) {
@@ -456,7 +465,7 @@ at::Tensor run_dense(const at::Tensor& x, const Arguments& a, const Shape& s,
 
 // Where the share of kept outputs makes dense convolutions faster on this machine.
 bool prefers_dense(const Arguments& a, const Shape& s, const at::Tensor& patches) {
-  if (a.dense.empty()) return false;
+  if (!a.dense) return false;
   if (!patches.defined()) return 1.0 > a.dense_above;
   const MaskGeometry g(s.hidden_height, s.hidden_width, a.strides[1], a.dilation, a.granularity);
   int64_t kept = 0;
@@ -481,12 +490,13 @@ at::Tensor sparse_bottleneck(const at::Tensor& x, const std::optional<at::Tensor
                              const std::optional<at::Tensor>& winograd,
                              const std::optional<at::Tensor>& shortcut, int64_t granularity,
                              at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                             double winograd_cost, std::vector<at::Tensor> dense,
+                             double winograd_cost, std::optional<std::vector<at::Tensor>> dense,
                              double dense_above) {
-  const Arguments a{mask,     std::move(weights), std::move(biases), winograd,
-                    shortcut, granularity,        strides.vec(),     dilation,
-                    groups,   winograd_cost,      std::move(dense),  dense_above};
+  Arguments a{mask,     std::move(weights), std::move(biases), winograd,
+              shortcut, granularity,        strides.vec(),     dilation,
+              groups,   winograd_cost,      std::move(dense),  dense_above};
   const Shape s = check(x, a);
+  make_contiguous(a);
   const at::Tensor patches = a.mask ? decisions(*a.mask) : at::Tensor();
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   if (prefers_dense(a, s, patches)) {
@@ -502,13 +512,14 @@ void sparse_bottleneck_(const at::Tensor& x, const std::optional<at::Tensor>& ma
                         const std::optional<at::Tensor>& winograd,
                         const std::optional<at::Tensor>& shortcut, int64_t granularity,
                         at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                        double winograd_cost, std::vector<at::Tensor> dense, double dense_above) {
+                        double winograd_cost, std::optional<std::vector<at::Tensor>> dense, double dense_above) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
-  const Arguments a{mask,     std::move(weights), std::move(biases), winograd,
-                    shortcut, granularity,        strides.vec(),     dilation,
-                    groups,   winograd_cost,      std::move(dense),  dense_above};
+  Arguments a{mask,     std::move(weights), std::move(biases), winograd,
+              shortcut, granularity,        strides.vec(),     dilation,
+              groups,   winograd_cost,      std::move(dense),  dense_above};
   const Shape s = check(x, a);
+  make_contiguous(a);
   const at::Tensor patches = a.mask ? decisions(*a.mask) : at::Tensor();
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   if (prefers_dense(a, s, patches)) {

@@ -70,15 +70,17 @@ void mean_rates(const bool* mask, int64_t images, const MaskGeometry& g, Workspa
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> spatial_mask(const at::Tensor& x, const at::Tensor& weight,
-                                                const at::Tensor& bias,
-                                                const std::optional<at::Tensor>& offset,
-                                                int64_t granularity, at::IntArrayRef strides,
-                                                int64_t dilation) {
+std::tuple<at::Tensor, at::Tensor> decide(const at::Tensor& x, const at::Tensor& weight,
+                                          const at::Tensor& bias,
+                                          const std::optional<at::Tensor>& offset,
+                                          int64_t granularity, at::IntArrayRef strides,
+                                          int64_t dilation, const std::string& prefix) {
   check_map(x, "x");
   const int64_t images = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
-  check_vector(weight, "weight", 2 * channels, x.scalar_type(), x);
-  check_vector(bias, "bias", 2, x.scalar_type(), x);
+  TORCH_CHECK_VALUE(weight.numel() == 2 * channels, prefix, "weight must have shape [2, ",
+                    channels, ", 1, 1], got ", weight.sizes());
+  check_vector(weight.reshape(-1), prefix + "weight", 2 * channels, x.scalar_type(), x);
+  check_vector(bias, prefix + "bias", 2, x.scalar_type(), x);
   check_positive(granularity, "granularity");
   check_strides(strides, dilation);
   const MaskGeometry g(ceil_div(height, strides[0]), ceil_div(width, strides[0]), strides[1],
@@ -134,6 +136,18 @@ std::tuple<at::Tensor, at::Tensor> spatial_mask(const at::Tensor& x, const at::T
   mean_rates(decisions, images, g, w, rates.mutable_data_ptr<float>());
   return {mask, rates};
 }
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> spatial_mask(const at::Tensor& x, const at::Tensor& weight,
+                                                const at::Tensor& bias,
+                                                const std::optional<at::Tensor>& offset,
+                                                int64_t granularity, at::IntArrayRef strides,
+                                                int64_t dilation) {
+  return decide(x, weight, bias, offset, granularity, strides, dilation, "");
+}
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(las_mm, CPU, m) { m.impl("spatial_mask", &spatial_mask); }
 

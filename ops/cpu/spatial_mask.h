@@ -4,15 +4,17 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace las_mm::cpu {
 
-// See las_mm::spatial_mask in las_mm/ops/masks.py; checks its arguments.
-std::tuple<at::Tensor, at::Tensor> spatial_mask(const at::Tensor& x, const at::Tensor& weight,
-                                                const at::Tensor& bias,
-                                                const std::optional<at::Tensor>& offset,
-                                                int64_t granularity, at::IntArrayRef strides,
-                                                int64_t dilation);
+// See las_mm::spatial_mask in las_mm/ops/masks.py; checks its arguments, calling weight and bias
+// `prefix` + "weight" and "bias".
+std::tuple<at::Tensor, at::Tensor> decide(const at::Tensor& x, const at::Tensor& weight,
+                                          const at::Tensor& bias,
+                                          const std::optional<at::Tensor>& offset,
+                                          int64_t granularity, at::IntArrayRef strides,
+                                          int64_t dilation, const std::string& prefix);
 
 }  // namespace las_mm::cpu
