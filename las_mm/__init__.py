@@ -4,7 +4,22 @@ Importing the package registers ``las_mm.*`` with mmengine's registries, which m
 does by itself as soon as a config says ``type='las_mm.LASResNet'``.
 """
 
+from typing import Any
+
 from las_mm.registry import HOOKS, MODELS
 from las_mm.version import __version__
 
-__all__ = ["HOOKS", "MODELS", "__version__"]
+__all__ = ["HOOKS", "MODELS", "__version__", "explain", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    # These need mmpretrain, which a project that only reads device files may lack.
+    if name == "explain":
+        from las_mm.explain import explain
+
+        return explain
+    if name == "prepare":
+        from las_mm.models.sparse import prepare
+
+        return prepare
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ except ImportError:
     sys.path.insert(0, str(ROOT))
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+# Measurements taken beside other tests must not end up in the user's plan.
+os.environ.setdefault("LAS_MM_CACHE", tempfile.mkdtemp(prefix="las_mm_cache_"))
 
 PIXELS = 96  # side of the images that the tiny detector sees
 FLIP = dict(type="RandomFlip", prob=0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mmpretrain.models.backbones import ResNet
@@ -152,13 +152,20 @@ class LASResNet(ResNet):
             return self._infer(x)
         return super().forward(x)
 
-    def _infer(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``forward`` on the fast forms; the stream of features is updated in place in a stage."""
+    def _infer(
+        self, x: Tensor, observe: Callable[[nn.Module], None] | None = None
+    ) -> tuple[Tensor, ...]:
+        """``forward`` on the fast forms; the stream of features is updated in place in a stage.
+
+        ``observe`` is called after the stem, with the backbone, and after each block, with it.
+        """
         stem = self._prepare_stem()
         if stem is not None and x.dtype == stem.weight.dtype:
             x = stem(x)
         else:
             x = self._dense_stem(x)
+        if observe is not None:
+            observe(self)
         outs = []
         for i, name in enumerate(self.res_layers):
             stage = getattr(self, name)
@@ -170,6 +177,8 @@ class LASResNet(ResNet):
                     hooked = sparse.has_hooks(block)
                     x = block(x) if hooked else block.infer(x, in_place=mine)
                     mine = not hooked  # a hook may have kept the output
+                    if observe is not None:
+                        observe(block)
             if i in self.out_indices:
                 outs.append(x)
         return tuple(outs)

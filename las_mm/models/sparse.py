@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from las_mm import ops
 from las_mm.models.activation import Activation, find_dynamic_backbones
+from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
 
 PREPARE_FIRST = (
     "the fast form has to exist before torch.compile or torch.export: call "
@@ -164,12 +165,13 @@ class FastBottleneck:
     weights: list[Tensor]
     biases: list[Tensor]
     winograd: Tensor | None
+    dense: list[Tensor] | None  # only where the plan wants it
     pool: nn.Module | None  # what the shortcut does before its convolution
     strides: tuple[int, int]
     dilation: int
     groups: int
-    winograd_cost: float
     one: Tensor
+    choice: Choice  # the last one made; torch.compile and torch.export keep it
 
     @classmethod
     def of(cls, block: nn.Module) -> FastBottleneck:
@@ -178,47 +180,73 @@ class FastBottleneck:
         Raises:
             Unsupported: The block has a part without a fast form.
         """
-        if type(block.relu) is not nn.ReLU:
-            raise Unsupported(f"its activation is {type(block.relu).__name__}, not ReLU")
-        pairs = [
-            (block.conv1, block.norm1),
-            (block.conv2, block.norm2),
-            (block.conv3, block.norm3),
-        ]
-        pool = None
-        if block.downsample is not None:
-            *pools, conv, norm = block.downsample
-            pool = nn.Sequential(*pools) if pools else None
-            pairs.append((conv, norm))
+        folded = _fold_block(block)
+        weights = [ops.pack_conv(weight, groups) for weight, _, groups in folded]
+        if weights[0].dtype not in _DTYPES:
+            raise Unsupported(f"its weights are {weights[0].dtype}")
         conv2 = block.conv2
-        if conv2.kernel_size != (3, 3) or conv2.padding != conv2.dilation:
-            raise Unsupported(f"conv2 has kernel {conv2.kernel_size} and padding {conv2.padding}")
-        folded = [fold(conv, norm) for conv, norm in pairs]
-        if folded[0][0].dtype not in _DTYPES:
-            raise Unsupported(f"its weights are {folded[0][0].dtype}")
-        weights = [
-            ops.pack_conv(weight, conv.groups) for (weight, _), (conv, _) in zip(folded, pairs)
-        ]
         winograd = None
         plain = (conv2.stride, conv2.dilation, conv2.groups) == ((1, 1), (1, 1), 1)
-        if plain and folded[1][0].dtype == torch.float32:
+        if plain and weights[1].dtype == torch.float32:
             winograd = ops.pack_winograd(folded[1][0])
             if block.mode != "spatial" or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
+        pools = [] if block.downsample is None else list(block.downsample)[:-2]
         return cls(
             weights=weights,
-            biases=[bias for _, bias in folded],
+            biases=[bias for _, bias, _ in folded],
             winograd=winograd,
-            pool=pool,
+            dense=None,
+            pool=nn.Sequential(*pools) if pools else None,
             strides=(block.conv1_stride, block.conv2_stride),
             dilation=block.dilation,
             groups=conv2.groups,
-            winograd_cost=1.15,
             one=torch.ones((), device=weights[0].device),
+            choice=Choice(winograd=winograd is not None),
         )
+
+    def kind(self, x: Tensor) -> BlockKind:
+        """What the plan looks up for an input ``x``."""
+        stride = self.strides[0] * self.strides[1]
+        positions = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+        kind = BlockKind(
+            c_in=x.shape[1],
+            width=self.biases[0].numel(),
+            c_out=self.biases[2].numel(),
+            strides=self.strides,
+            dilation=self.dilation,
+            groups=self.groups,
+            downsample=len(self.weights) == 4,
+            dtype=str(x.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            side=0,
+        )
+        return replace(kind, side=map_side(positions, kind.macs))
+
+    def plan(self, block: nn.Module, x: Tensor) -> None:
+        """Choose the form for inputs like ``x``, and pack what that form needs."""
+        size = (*x.shape, torch.get_num_threads())
+        if size not in self._choices:
+            if len(self._choices) > 256:  # images of ever new sizes
+                self._choices.clear()
+            self._choices[size] = current_plan().lookup(self.kind(x))
+        self.choice = self._choices[size]
+        if not self.choice.winograd and not self.weights[1].numel():
+            weight, _, groups = _fold_block(block)[1]
+            self.weights[1] = ops.pack_conv(weight, groups)
+        if self.choice.dense_above < 1 and self.dense is None:
+            self.dense = [
+                weight.contiguous(memory_format=torch.channels_last)
+                for weight, _, _ in _fold_block(block)
+            ]
+
+    def __post_init__(self) -> None:
+        self._choices: dict[tuple[int, ...], Choice] = {}
 
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
+        if not torch.compiler.is_compiling():
+            self.plan(block, x)
         mask = None
         granularity = block.granularity if block.mode == "spatial" else ops.LAYER
         rate = rate_dilated = self.one
@@ -236,31 +264,56 @@ class FastBottleneck:
             rate, rate_dilated = rates.unbind()
         if not torch.compiler.is_exporting():
             block.activation = Activation(rate, rate_dilated, self.one, mask)
+        winograd = self.winograd if self.choice.winograd else None
+        cost, above = self.choice.winograd_cost, self.choice.dense_above
+        dense = self.dense if above < 1 else None
         if in_place and len(self.weights) == 3:
             return ops.sparse_bottleneck_(
                 x,
                 mask,
                 self.weights,
                 self.biases,
-                self.winograd,
+                winograd,
                 granularity,
                 self.dilation,
                 self.groups,
-                self.winograd_cost,
+                cost,
+                dense,
+                above,
             )
         return ops.sparse_bottleneck(
             x,
             mask,
             self.weights,
             self.biases,
-            self.winograd,
+            winograd,
             None if self.pool is None else self.pool(x),
             granularity,
             self.strides,
             self.dilation,
             self.groups,
-            self.winograd_cost,
+            cost,
+            dense,
+            above,
         )
+
+
+def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
+    """Weight, bias and groups of conv1, conv2, conv3 and the downsample convolution.
+
+    Raises:
+        Unsupported: The block has a part without a fast form.
+    """
+    if type(block.relu) is not nn.ReLU:
+        raise Unsupported(f"its activation is {type(block.relu).__name__}, not ReLU")
+    conv2 = block.conv2
+    pairs = [(block.conv1, block.norm1), (conv2, block.norm2), (block.conv3, block.norm3)]
+    if block.downsample is not None:
+        pairs.append(tuple(block.downsample)[-2:])
+    folded = [(*fold(conv, norm), conv.groups) for conv, norm in pairs]
+    if conv2.kernel_size != (3, 3) or conv2.padding != conv2.dilation:
+        raise Unsupported(f"conv2 has kernel {conv2.kernel_size} and padding {conv2.padding}")
+    return folded
 
 
 @dataclass

@@ -323,6 +323,7 @@ class Block:
     shortcut_channels: int | None = None  # None: the downsample convolution reads x
     winograd: str = "none"  # none, both (the direct weight is there too), only
     winograd_cost: float = 1.0
+    dense_above: float | None = None  # None: no dense weights
     strided_parameters: bool = False
     poison: bool = False  # NaN in x where nothing that is computed reads it
     threads: int = 1
@@ -371,6 +372,14 @@ class Block:
         return strided(packed) if self.strided_parameters else packed
 
     @cached_property
+    def dense(self):
+        if self.dense_above is None:
+            return None
+        if self.strided_parameters:
+            return [stored(kernel, "channels_last") for kernel in self.kernels]
+        return self.kernels
+
+    @cached_property
     def mask(self):
         if self.mask_kind is None:
             return None
@@ -417,6 +426,8 @@ class Block:
             self.shortcut,
             *self.args,
             self.winograd_cost,
+            self.dense,
+            1.0 if self.dense_above is None else self.dense_above,
         )
 
     @property
@@ -427,6 +438,7 @@ class Block:
             *self.weights,
             *self.biases,
             *self.kernels,
+            *(self.dense or []),
             self.winograd_weight,
             self.shortcut,
         ]
@@ -461,7 +473,9 @@ def blocks(draw, in_place=False, plain=False):
         dilation = pick(*DILATIONS)
         groups = pick(*[n for n in (1, 1, 2, 4, width) if width % n == 0])
     kind = pick(*MASK_KINDS) if plain else pick(None, *MASK_KINDS)
-    poison = winograd == "none" and not downsample and kind and draw(st.booleans())
+    dense_above = pick(None, None, 0.0, 0.5, 1.0)
+    poison = winograd == "none" and not downsample and dense_above is None and kind
+    poison = poison and draw(st.booleans())
     if poison or no_branch:
         layout = pick(*DENSE, *VIEWS)
     else:
@@ -483,6 +497,7 @@ def blocks(draw, in_place=False, plain=False):
         shortcut_channels=shortcut,
         winograd=winograd,
         winograd_cost=cost,
+        dense_above=dense_above,
         strided_parameters=draw(st.integers(0, 3)) == 0,
         poison=bool(poison),
         threads=draw(st.integers(1, 2)),

@@ -23,11 +23,20 @@ def bottleneck(**changes):
     block = Block(2, (7, 9), (8, 24, 8), 3, **changes)
     names = ["mask", "weights", "biases", "winograd", "shortcut"]
     names += ["granularity", "strides", "dilation", "groups", "winograd_cost"]
+    names += ["dense", "dense_above"]
     return dict(x=block.x, **dict(zip(names, block.arguments)))
 
 
 def downsampled(**changes):
     return bottleneck(strides=(1, 2), downsample=True, shortcut_channels=5, **changes)
+
+
+def with_dense():
+    return bottleneck(dense_above=0.5)
+
+
+def downsampled_dense():
+    return downsampled(dense_above=0.5)
 
 
 def bfloat16():
@@ -216,11 +225,31 @@ PACKED = [
 BIAS = [
     (double, "{} must be (torch.float32|Float)"),
     (as_bfloat16, "{} must be (torch.float32|Float)"),
+    (column, r"{} must have shape \[[0-9]+\], got \[[0-9]+, 1\]"),
+    (
+        lambda bias: bias[0],
+        r"({} must have shape|groups must|residual must|weights? must|weights\[)",
+    ),
 ]
 STRIDES = [
-    (put((0, 1)), "{} must be positive"),
-    (put((1, -1)), "{} must be positive"),
-    (put((1, 1, 1)), "{} must be positive"),
+    (put((0, 1)), "{} must be 1 to 32768, got 0"),
+    (put((1, -1)), "{} must be 1 to 32768, got -1"),
+    (put((1, 2**15 + 1)), "{} must be 1 to 32768, got 32769"),
+    (put((2**63 - 1, 1)), "{} must be 1 to 32768, got 9223372036854775807"),
+    (put((1, 1, 1)), r"{} must be \(stride of conv1, stride of conv2\), got"),
+]
+DENSE = [
+    (drop_last, "dense must be None or hold {count} weights"),
+    (repeat_last, "dense must be None or hold {count} weights"),
+    (put([]), "dense must be None or hold {count} weights"),
+]
+DENSE_WEIGHT = [
+    (one_channel_less, r"{} must have shape \["),
+    (shorter, r"{} must have shape \["),
+    (lambda weight: weight.flatten(), r"{} must have shape \["),
+    (lambda weight: weight.flatten(2), r"{} must have shape \["),
+    (double, "{} must be (torch.float32|Float)"),
+    (as_bfloat16, "{} must be (torch.float32|Float)"),
 ]
 OFFSET = [
     (double, "{} must be float32"),
@@ -231,10 +260,14 @@ OFFSET = [
     (lambda offset: torch.cat([offset, offset]), "{} must have shape"),
 ]
 MASKER_WEIGHT = [
-    (one_channel_less, "{} must have 16 values"),
+    (one_channel_less, r"{} must have shape \[2, 8, 1, 1\], got \[2, 7, 1, 1\]"),
     (double, "{} must be (torch.float32|Float)"),
 ]
-MASKER_BIAS = [(longer, "{} must have 2 values"), (as_bfloat16, "{} must be (torch.float32|Float)")]
+MASKER_BIAS = [
+    (longer, r"{} must have shape \[2\], got \[4\]"),
+    (column, r"{} must have shape \[2\], got \[2, 1\]"),
+    (as_bfloat16, "{} must be (torch.float32|Float)"),
+]
 
 
 def rows(build, argument, changes, named=None):
@@ -254,7 +287,9 @@ def block_rows():
     for i in range(3):
         table += rows(b, "weights", [(item(i, c), t) for c, t in PACKED], rf"weights\[{i}\]")
         table += rows(b, "biases", [(item(i, c), t) for c, t in BIAS], rf"biases\[{i}\]")
-    table += rows(b, "biases", [(item(1, longer), r"biases\[1\] must have 24 values")])
+    table += rows(
+        b, "biases", [(item(1, longer), r"biases\[1\] must have shape \[24\], got \[40\]")]
+    )
     table += rows(b, "biases", [(item(0, longer), r"(biases\[1\]|weights\[0\]) must")])
     table += rows(b, "biases", [(item(2, shorter), r"(weights|strides|biases\[2\])\b")])
     table += rows(b, "weights", [(item(1, lambda w: w[:0]), r"weights\[1\] must be packed")])
@@ -280,6 +315,14 @@ def block_rows():
     table += rows(
         bfloat16, "biases", [(item(2, as_bfloat16), r"biases\[2\] must be (torch.float32|Float)")]
     )
+    return table + dense_rows(with_dense, 3)
+
+
+def dense_rows(build, count):
+    table = rows(build, "dense", [(c, t.format(count=count)) for c, t in DENSE])
+    for i in range(count):
+        changes = [(item(i, c), t) for c, t in DENSE_WEIGHT]
+        table += rows(build, "dense", changes, rf"dense\[{i}\]")
     return table
 
 
@@ -299,10 +342,12 @@ def downsample_rows():
     )
     table += rows(d, "weights", [(item(3, c), t) for c, t in PACKED], r"weights\[3\]")
     table += rows(d, "biases", [(item(3, c), t) for c, t in BIAS], r"biases\[3\]")
-    table += rows(d, "biases", [(item(3, longer), r"biases\[3\] must have 8 values")])
+    table += rows(
+        d, "biases", [(item(3, longer), r"biases\[3\] must have shape \[8\], got \[16\]")]
+    )
     table += rows(d, "mask", [(put(torch.ones(2, 1, 3, 3)), "mask must have shape")])
     table += rows(d, "winograd", [(put(with_winograd()["winograd"]), "winograd must be None")])
-    return table
+    return table + dense_rows(downsampled_dense, 4)
 
 
 def unfused_rows():
@@ -334,7 +379,10 @@ def unfused_rows():
         *rows(g, "bias", BIAS),
         *rows(g, "bias", [(shorter, "(bias|groups|weight) must")]),
         *rows(g, "granularity", NOT_POSITIVE),
-        *rows(g, "stride", [(put(n), "strides? must be positive") for n in (0, -3)]),
+        *rows(g, "stride", [(put(n), f"stride must be 1 to 32768, got {n}") for n in (0, -3)]),
+        *rows(
+            g, "stride", [(put(n), f"stride must be 1 to 32768, got {n}") for n in (32769, 2**62)]
+        ),
         *rows(g, "dilation", NOT_POSITIVE),
         *rows(g, "groups", [(put(n), "groups must be positive and divide") for n in (0, -2, 5)]),
         *rows(g, "groups", [(put(1), "weight must be packed")]),
@@ -390,18 +438,11 @@ def test_right_arguments_are_right(kind, name):
         call(name, *build().values())
 
 
-def known(argument):
-    """masker_conv1x1 calls masker_weight and masker_bias "weight" and "bias"."""
-    return pytest.mark.xfail(reason="wrong name") if argument.startswith("masker_") else ()
-
-
 def error_rows():
     for name, table in TABLE.items():
         for number, (build, argument, change, pattern) in enumerate(table):
             label = f"{name}-{build.__name__}-{argument}-{number}"
-            yield pytest.param(
-                name, build, argument, change, pattern, id=label, marks=known(argument)
-            )
+            yield pytest.param(name, build, argument, change, pattern, id=label)
 
 
 def check_error(call, name, arguments, pattern, errors=ValueError):
@@ -452,7 +493,7 @@ def device_rows():
     for name, pairs in builds.items():
         for build, argument in pairs:
             label = f"{name}-{build.__name__}-{argument}"
-            yield pytest.param(name, build, argument, id=label, marks=known(argument))
+            yield pytest.param(name, build, argument, id=label)
 
 
 @pytest.mark.parametrize("name, build, argument", device_rows())

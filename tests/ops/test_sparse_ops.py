@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from las_mm import ops
 
 from . import cases
-from .cases import Untouched, assert_close, for_all, make_bias, make_kernel, out_size, same_bits
+from .cases import (
+    Untouched,
+    assert_close,
+    for_all,
+    make_bias,
+    make_kernel,
+    needs_native,
+    out_size,
+    same_bits,
+)
 
 CHANNELS_LAST = torch.channels_last
 HERE = Path(__file__).resolve()
@@ -56,7 +65,8 @@ def test_bottleneck_equals_masked_dense(call, block):
 @for_all(cases.blocks(in_place=True), 300, "sparse_bottleneck_", "sparse_bottleneck")
 def test_bottleneck_in_place(call, block):
     features = block.x
-    positive = features.abs_() if block.seed % 2 else features
+    # Dense convolutions rely on x being the output of a ReLU also where it is dropped.
+    positive = features.abs_() if block.seed % 2 or block.dense else features
     expected, scale = block.expected(positive)
     dropped = ~block.kept.expand_as(positive)
     before = positive.clone()
@@ -354,16 +364,64 @@ def test_huge_granularity_is_one_decision_per_image(implementation, granularity)
     check_decisions(block.x, block, masker, mask, rates)
 
 
-@cases.implementations("spatial_mask")
-@pytest.mark.parametrize("strides", [(2**31, 2**31), (2**62, 4), (1, 2**40)])
-def test_huge_strides_leave_one_output(implementation, strides):
+MAX_STRIDE = 2**15
+
+
+@cases.implementations("sparse_bottleneck", "spatial_mask", "masker_conv1x1", "gather_conv3x3")
+@pytest.mark.parametrize("strides", [(2**31, 2**31), (2**62, 4), (1, 2**40), (1, MAX_STRIDE + 1)])
+def test_huge_strides_raise(implementation, strides):
     call = cases.implementation_of(implementation)
-    block = cases.Block(2, (7, 6), (8, 16, 24), 2**31, strides=strides)
+    block = cases.Block(2, (7, 6), (8, 16, 24), 2**31, downsample=True)
+    masker, geometry = make_masker(block, "none"), (2**31, strides, 1)
+    weights, biases = block.weights, block.biases
+    wrong = max(strides) if strides[0] == 1 else strides[0]
+    with pytest.raises(ValueError, match=f"^strides must be 1 to {MAX_STRIDE}, got {wrong}"):
+        call("spatial_mask", block.x, *masker, *geometry)
+    with pytest.raises(ValueError, match=f"^strides must be 1 to {MAX_STRIDE}, got {wrong}"):
+        call("masker_conv1x1", block.x, *masker, weights[0], biases[0], *geometry)
+    with pytest.raises(ValueError, match=f"^strides must be 1 to {MAX_STRIDE}, got {wrong}"):
+        call("sparse_bottleneck", block.x, *block.arguments[:5], *geometry, 1, 1.0)
+    hidden = block.features(16, (7, 6), "contiguous")
+    with pytest.raises(ValueError, match=f"^stride must be 1 to {MAX_STRIDE}, got {wrong}"):
+        call("gather_conv3x3", hidden, block.mask, weights[1], biases[1], 2**31, wrong, 1, 1)
+
+
+@cases.implementations("spatial_mask", "sparse_bottleneck")
+@pytest.mark.parametrize("strides", [(MAX_STRIDE, MAX_STRIDE), (1, MAX_STRIDE), (MAX_STRIDE, 1)])
+def test_greatest_strides_leave_one_output(implementation, strides):
+    call = cases.implementation_of(implementation)
+    block = cases.Block(2, (7, 6), (8, 16, 24), 2**31, "full", strides=strides, downsample=True)
     masker = make_masker(block, "per image")
-    mask, rates = call("spatial_mask", block.x, *masker, 2**31, strides, 2**62)
+    mask, _ = call("spatial_mask", block.x, *masker, 2**31, strides, 2**62)
     assert mask.shape == (2, 1, 1, 1)
     keep, _ = scores(block.x, *masker, 2**31, (7, 6))
     assert torch.equal(mask, keep >= 0)
+    check_bottleneck(call, block)
+
+
+@cases.implementations("sparse_bottleneck")
+@pytest.mark.parametrize("dilation", [100, 2**31, 2**62])
+def test_huge_dilation_with_dense_weights(implementation, dilation):
+    call = cases.implementation_of(implementation)
+    block = cases.Block(2, (7, 9), (8, 16, 8), mask_kind="full", dilation=9, dense_above=0.5)
+    expected, scale = block.expected(block.x)
+    far = (block.granularity, block.strides, dilation, *block.arguments[8:])
+    actual = call("sparse_bottleneck", block.x, *block.arguments[:5], *far)
+    assert_close(actual, expected, scale, torch.float32)
+
+
+@needs_native("sparse_bottleneck")
+@pytest.mark.parametrize("kept", [0, 9, 20, 36])
+def test_dense_runs_above_the_given_share(kept):
+    """The convolutions that run decide which weights matter."""
+    block = cases.Block(1, (6, 6), (8, 8, 8), 1, dense_above=0.5)
+    mask = (torch.arange(36) < kept).view(1, 1, 6, 6)
+    arguments = list(block.arguments)
+    arguments[0], arguments[10] = mask, [torch.zeros_like(kernel) for kernel in block.kernels]
+    actual = torch.ops.las_mm.sparse_bottleneck(block.x, *arguments)
+    kernels = arguments[10] if kept > 18 else block.kernels
+    expected, scale = cases.masked_dense(block.x, mask, kernels, block.biases, None, *block.args)
+    assert_close(actual, expected, scale, torch.float32)
 
 
 @cases.implementations("sparse_bottleneck", "gather_conv3x3")
@@ -389,11 +447,16 @@ BLOCKS = {
     "no mask": cases.Block(1, (5, 6), (8, 8, 8), mask_kind=None, groups=2, dilation=2),
     "winograd": cases.Block(1, (5, 6), (8, 8, 8), winograd="only", mask_dtype=torch.float32),
     "slice": cases.Block(2, (5, 6), (8, 8, 8), layout="slice", granularity=ops.LAYER),
+    "dense": cases.Block(2, (5, 6), (8, 8, 8), mask_kind="0.9", winograd="only", dense_above=0.5),
+    "dense without mask": cases.Block(1, (5, 6), (8, 8, 8), mask_kind=None, dense_above=0.0),
 }
 DOWNSAMPLED = {
     "strided": cases.Block(2, (7, 9), (8, 8, 24), strides=(1, 2), downsample=True),
     "shortcut": cases.Block(
         2, (7, 9), (8, 8, 24), strides=(2, 1), downsample=True, shortcut_channels=12
+    ),
+    "dense": cases.Block(
+        2, (7, 9), (8, 8, 24), strides=(2, 1), downsample=True, mask_kind="0.9", dense_above=0.0
     ),
 }
 
@@ -408,7 +471,7 @@ def opcheck(name, *arguments):
     torch.library.opcheck(getattr(torch.ops.las_mm, name).default, arguments)
 
 
-@parametrize({**BLOCKS, **DOWNSAMPLED})
+@parametrize({**BLOCKS, **{f"downsampled {k}": b for k, b in DOWNSAMPLED.items()}})
 def test_opcheck_bottleneck(block):
     opcheck("sparse_bottleneck", block.x, *block.arguments)
 
@@ -418,7 +481,7 @@ def test_opcheck_bottleneck_in_place(block):
     opcheck("sparse_bottleneck_", block.x.clone(), *block.arguments)
 
 
-@parametrize({**BLOCKS, **DOWNSAMPLED})
+@parametrize({"float32": BLOCKS["float32"], "bfloat16": BLOCKS["bfloat16"], **DOWNSAMPLED})
 def test_opcheck_masker_conv1x1(block):
     offset = "broadcast" if block.downsample else "none"
     masker, geometry = make_masker(block, offset), (block.granularity, block.strides, 1)

@@ -1,0 +1,189 @@
+"""What each block of a dynamic network does on an image, and how long it takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from las_mm.models import sparse
+from las_mm.models.activation import find_dynamic_backbone
+from las_mm.models.bottleneck import DynamicBottleneck
+
+_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One row of an :class:`Explanation`.
+
+    Attributes:
+        name: Name inside the backbone, e.g. ``'layer3.5'``; ``'stem'`` for the first row.
+        mode: ``'static'``, ``'spatial'`` or ``'layer'``; empty for the stem.
+        granularity: S of a spatial block, else ``None``.
+        rate: Share of outputs that conv2 and conv3 compute, ``None`` for the stem.
+        rate_dilated: Share of outputs that conv1 computes.
+        choice: How it ran: ``'winograd'``, ``'direct'``, ``'dense'``, or ``'masked-dense'`` with
+            the reason.
+        predicted_ms: From the break-even table of this machine, without the masker; ``None`` if
+            the block is too small to be in it.
+        measured_ms: Median of several runs, with the masker.
+    """
+
+    name: str
+    mode: str
+    granularity: int | None
+    rate: float | None
+    rate_dilated: float | None
+    choice: str
+    predicted_ms: float | None
+    measured_ms: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` returns; ``str()`` gives the table."""
+
+    title: str
+    blocks: tuple[BlockReport, ...]
+
+    @property
+    def measured_ms(self) -> float:
+        """Sum over the stem and all blocks."""
+        return sum(block.measured_ms for block in self.blocks)
+
+    def table(self) -> Table:
+        """The rows as a rich table."""
+        table = Table(title=self.title)
+        for column in ("block", "mode", "S", "rate", "conv1 rate", "runs", "predicted ms", "ms"):
+            table.add_column(column, justify="left" if column in ("block", "runs") else "right")
+
+        def show(value: float | None, digits: int) -> str:
+            return "" if value is None else f"{value:.{digits}f}"
+
+        for b in self.blocks:
+            table.add_row(
+                b.name,
+                b.mode,
+                "" if b.granularity is None else str(b.granularity),
+                show(b.rate, 3),
+                show(b.rate_dilated, 3),
+                b.choice,
+                show(b.predicted_ms, 2),
+                show(b.measured_ms, 2),
+            )
+        table.add_section()
+        table.add_row("total", "", "", "", "", "", "", show(self.measured_ms, 2))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=110)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, float | None]:
+    """How ``block`` runs, and the predicted seconds."""
+    fast = block.prepare()
+    if fast is None or x.dtype != fast.weights[0].dtype:
+        reason = block.no_fast_form or "it has hooks inside, or another dtype than its input"
+        return f"masked-dense: {reason}", None
+    choice = fast.choice
+    stride = block.conv1_stride * block.conv2_stride
+    positions = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    seconds = choice.predict(rate, positions)
+    if rate > choice.dense_above:
+        return "dense", seconds
+    return ("winograd" if choice.winograd else "direct"), seconds
+
+
+def explain(model: nn.Module, image: Tensor, quiet: bool = False) -> Explanation:
+    """Run the backbone of ``model`` on ``image`` and print what each block did and took.
+
+    Args:
+        model: A model with one dynamic backbone (detector, classifier, backbone), on the CPU.
+        image: What the backbone gets: (3, H, W) or (N, 3, H, W), normalised, the weights' dtype.
+        quiet: Only return the explanation.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        ValueError: No dynamic backbone, an image of another shape, or no native kernels.
+
+    Example:
+        >>> las_mm.explain(model.backbone, torch.rand(3, 800, 1344))  # doctest: +SKIP
+    """
+    backbone = find_dynamic_backbone(model)
+    if image.dim() == 3:
+        image = image[None]
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"image must be (3, H, W) or (N, 3, H, W), got {tuple(image.shape)}")
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            if not sparse.wanted(image):
+                raise ValueError(
+                    "the fast form does not run here: las_mm.explain needs a float32 or bfloat16 "
+                    f"image on a CPU and the native ops, got {image.dtype} on {image.device}"
+                )
+            return _explain(backbone, image, quiet)
+    finally:
+        model.train(was_training)
+
+
+def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
+    names = {module: name for name, module in backbone.named_modules()}
+    seconds: dict[nn.Module, list[float]] = {}
+
+    def observe(module: nn.Module) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.setdefault(module, []).append(now - last)
+        last = time.perf_counter()
+
+    for _ in range(2 + _ROUNDS):  # two to warm up
+        last = time.perf_counter()
+        backbone._input_hw = tuple(image.shape[-2:])
+        backbone._infer(image, observe)
+
+    def measured(module: nn.Module) -> float:
+        return 1e3 * statistics.median(seconds[module][2:])
+
+    rows = []
+    if backbone in seconds:
+        rows.append(BlockReport("stem", "", None, None, None, "", None, measured(backbone)))
+    shape = backbone.network_shape(tuple(image.shape[-2:]))
+    for block, geometry in zip(backbone.blocks(), shape.blocks):
+        if block not in seconds:  # inside a stage with hooks
+            continue
+        rate = float(block.activation.rate)
+        x = image.new_empty((image.shape[0], block.in_channels, geometry.h_in, geometry.w_in))
+        choice, predicted = _choice(block, x, rate)
+        rows.append(
+            BlockReport(
+                name=names[block],
+                mode=block.mode,
+                granularity=block.granularity if block.mode == "spatial" else None,
+                rate=rate,
+                rate_dilated=float(block.activation.rate_dilated),
+                choice=choice,
+                predicted_ms=None if predicted is None else 1e3 * predicted,
+                measured_ms=measured(block),
+            )
+        )
+    size = "x".join(map(str, image.shape))
+    title = (
+        f"{type(backbone).__name__}-{backbone.depth} on {size}, {torch.get_num_threads()} threads"
+    )
+    explanation = Explanation(title, tuple(rows))
+    if not quiet:
+        Console().print(explanation.table())
+    return explanation
