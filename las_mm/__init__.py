@@ -15,7 +15,7 @@ __all__ = ["HOOKS", "MODELS", "__version__", "explain", "prepare"]
 def __getattr__(name: str) -> Any:
     # These need mmpretrain, which a project that only reads device files may lack.
     if name == "explain":
-        from las_mm.explain import explain
+        from las_mm.explanation import explain
 
         return explain
     if name == "prepare":

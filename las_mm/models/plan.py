@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import platform
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ _FORMAT = 1
 _SIDES = (7, 14, 28, 56)  # of the square map that stands for a number of positions
 _MOST_MACS = 1.5e9  # of one dense run; per position, larger maps behave like this one
 _FEWEST_MACS = 5e6  # below, the forms differ by less than the noise of a measurement
-_ROUNDS = 5
+_ROUNDS = 6
 _RATES = (0.25, 1.0)
 
 
@@ -152,15 +151,15 @@ def choose(kind: BlockKind, timing: Timing) -> Choice:
     return Choice(winograd, cost, above, timing, kind.side)
 
 
-def _median_seconds(contestants: list[Callable[[], object]]) -> list[float]:
-    """Median of several rounds, in turns; the first round warms up."""
+def _best_seconds(contestants: list[Callable[[], object]]) -> list[float]:
+    """Least of several rounds, in turns, as other work on the machine only ever adds time."""
     seconds: list[list[float]] = [[] for _ in contestants]
-    for _ in range(_ROUNDS + 1):
+    for _ in range(_ROUNDS):
         for contestant, record in zip(contestants, seconds):
             start = time.perf_counter()
             contestant()
             record.append(time.perf_counter() - start)
-    return [statistics.median(record[1:]) for record in seconds]
+    return [min(record) for record in seconds]
 
 
 def measure(kind: BlockKind) -> Timing:
@@ -203,7 +202,7 @@ def measure(kind: BlockKind) -> Timing:
     contestants = [run(low, None, -1.0), *(run(mask, None, 1.0) for mask in masks)]
     if tiles is not None:
         contestants += [run(mask, tiles, 1.0) for mask in masks]
-    dense_s, *sparse = _median_seconds(contestants)
+    dense_s, *sparse = _best_seconds(contestants)
     return Timing(
         dense=dense_s,
         direct=(sparse[0], sparse[1]),

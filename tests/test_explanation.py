@@ -1,0 +1,66 @@
+"""las_mm.explain: what each block did and took."""
+
+import pytest
+import torch
+
+import las_mm
+from las_mm import ops
+from las_mm.models import LASResNet
+
+pytestmark = pytest.mark.skipif(not ops.native_available(), reason="NATIVE OPS NOT BUILT")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LASResNet(50, base_channels=8, stem_channels=8, mode=("spatial", "layer") * 2)
+
+
+def test_rows_and_table(model, capsys):
+    explanation = las_mm.explain(model, torch.randn(3, 64, 96))
+    assert model.training  # as before
+    assert [b.name for b in explanation.blocks[:3]] == ["stem", "layer1.0", "layer1.1"]
+    assert len(explanation.blocks) == 17
+    for row, block in zip(explanation.blocks[1:], model.blocks()):
+        assert row.mode == block.mode
+        assert row.granularity == (block.granularity if block.mode == "spatial" else None)
+        assert row.rate == pytest.approx(float(block.activation.rate))
+        assert row.choice in ("winograd", "direct", "dense")
+        assert row.measured_ms > 0
+    total = sum(row.measured_ms for row in explanation.blocks)
+    assert explanation.measured_ms == pytest.approx(total)
+    printed = capsys.readouterr().out
+    assert "LASResNet-50 on 1x3x64x96" in printed and "layer4.2" in printed
+    assert "layer4.2" in str(explanation)
+
+
+def test_prediction_where_the_block_is_large_enough(model):
+    model = LASResNet(50, mode="static").eval()
+    explanation = las_mm.explain(model, torch.randn(1, 3, 64, 64), quiet=True)
+    assert all(row.predicted_ms and row.predicted_ms > 0 for row in explanation.blocks[1:])
+
+
+def test_block_without_fast_form_says_why():
+    model = LASResNet(50, base_channels=8, stem_channels=8, norm_cfg=dict(type="GN", num_groups=4))
+    explanation = las_mm.explain(model, torch.randn(3, 64, 64), quiet=True)
+    assert "GroupNorm" in explanation.blocks[1].choice
+    assert explanation.blocks[1].choice.startswith("masked-dense")
+
+
+def test_quiet(model, capsys):
+    las_mm.explain(model, torch.randn(1, 3, 32, 32), quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_errors(model):
+    with pytest.raises(ValueError, match=r"image must be .* got \(1, 4, 8, 8\)"):
+        las_mm.explain(model, torch.randn(1, 4, 8, 8))
+    with pytest.raises(ValueError, match="float64"):
+        las_mm.explain(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="exactly one dynamic backbone"):
+        las_mm.explain(torch.nn.Conv2d(3, 3, 1), torch.randn(3, 8, 8))
+
+
+def test_unknown_attribute_of_the_package():
+    with pytest.raises(AttributeError, match="no attribute 'explian'"):
+        las_mm.explian  # noqa: B018
