@@ -42,6 +42,7 @@ class DynamicBottleneck(Bottleneck):
         self.no_fast_form: str | None = None
         self._fast: sparse.FastBottleneck | None = None
         self._snapshot: sparse.Snapshot | None = None
+        self._settings: tuple | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
@@ -72,7 +73,9 @@ class DynamicBottleneck(Bottleneck):
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast
-        if self._snapshot is None or self._snapshot.stale():
+        settings = (self.mode, self.granularity, self.masker)
+        if self._snapshot is None or settings != self._settings or self._snapshot.stale():
+            self._settings = settings
             try:
                 self._fast = sparse.FastBottleneck.of(self)
                 self.no_fast_form = None
@@ -138,7 +141,13 @@ class DynamicBottleneck(Bottleneck):
     def __getstate__(self) -> dict:
         # Copies and pickles start without a record: it may hold the graph of a training step.
         # Packed weights are derived.
-        return {**self.__dict__, "activation": None, "_fast": None, "_snapshot": None}
+        return {
+            **self.__dict__,
+            "activation": None,
+            "_fast": None,
+            "_snapshot": None,
+            "_settings": None,
+        }
 
     def _apply(self, *args, **kwargs) -> DynamicBottleneck:
         self._fast = self._snapshot = None  # .to() may swap the data of a parameter in place

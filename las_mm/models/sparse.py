@@ -123,7 +123,8 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._tensors = [
-            (store, key, tensor, _version(tensor))
+            # Tensors made in inference mode do not count their versions.
+            (store, key, tensor, None if tensor.is_inference() else tensor._version)
             for sub in module.modules()
             for store in (sub._parameters, sub._buffers)
             for key, tensor in store.items()
@@ -143,14 +144,11 @@ class Snapshot:
 
     def stale(self) -> bool:
         """Whether a parameter or buffer was replaced or written to."""
-        return any(
-            store[key] is not tensor or _version(tensor) != version
-            for store, key, tensor, version in self._tensors
-        )
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+        # A plain loop: this runs for every block of every image.
+        for store, key, tensor, version in self._tensors:
+            if store[key] is not tensor or (version is not None and tensor._version != version):
+                return True
+        return False
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -171,6 +169,7 @@ class FastBottleneck:
     dilation: int
     groups: int
     one: Tensor
+    masker: tuple[nn.Module, Tensor, Tensor] | None  # with its weight and bias, not copied
     choice: Choice  # the last one made; torch.compile and torch.export keep it
 
     @classmethod
@@ -191,6 +190,7 @@ class FastBottleneck:
             winograd = ops.pack_winograd(folded[1][0])
             if block.mode != "spatial" or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
+        masker = block.masker
         pools = [] if block.downsample is None else list(block.downsample)[:-2]
         return cls(
             weights=weights,
@@ -202,6 +202,7 @@ class FastBottleneck:
             dilation=block.dilation,
             groups=conv2.groups,
             one=torch.ones((), device=weights[0].device),
+            masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
             choice=Choice(winograd=winograd is not None),
         )
 
@@ -250,12 +251,12 @@ class FastBottleneck:
         mask = None
         granularity = block.granularity if block.mode == "spatial" else ops.LAYER
         rate = rate_dilated = self.one
-        if block.masker is not None:
-            masker = block.masker
+        if self.masker is not None:
+            masker, weight, bias = self.masker
             mask, rates = ops.spatial_mask(
                 x,
-                masker.conv.weight,
-                masker.conv.bias,
+                weight,
+                bias,
                 masker.offset,
                 granularity,
                 self.strides,

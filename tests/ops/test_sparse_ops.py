@@ -107,6 +107,30 @@ def test_no_images(implementation, dtype):
     call("sparse_bottleneck_", block.x, *block.arguments)
 
 
+@cases.implementations("masker_conv1x1", "gather_conv3x3", "conv1x1_scatter_add_")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_images_unfused(implementation, dtype):
+    call = cases.implementation_of(implementation)
+    block = cases.Block(0, (5, 6), (8, 4, 8), dtype=dtype)
+    masker, weights, biases = make_masker(block, "none"), block.weights, block.biases
+    mask, rates = call("spatial_mask", block.x, *masker, 3, (1, 1), 1)
+    assert mask.shape == (0, 1, 2, 2) and rates.isfinite().all()
+    _, _, hidden = call("masker_conv1x1", block.x, *masker, weights[0], biases[0], 3, (1, 1), 1)
+    assert hidden.shape == (0, 4, 5, 6)
+    out = call("gather_conv3x3", hidden, mask, weights[1], biases[1], 3, 1, 1, 1)
+    assert out.shape == (0, 4, 5, 6)
+    call("conv1x1_scatter_add_", block.x, out, mask, weights[2], biases[2], 3)
+
+
+@cases.implementations("conv_pool_stem")
+def test_no_images_in_the_stem(implementation):
+    call = cases.implementation_of(implementation)
+    weight = ops.pack_stem(torch.randn(8, 3, 7, 7))
+    assert call("conv_pool_stem", torch.randn(0, 3, 9, 9), weight, torch.zeros(8)).shape == (
+        (0, 8, 3, 3)
+    )
+
+
 def test_public_functions():
     block = cases.Block(2, (9, 11), (16, 8, 24), strides=(2, 1), downsample=True, winograd="both")
     x, (mask, weights, biases, winograd, shortcut, *_) = block.x, block.arguments
