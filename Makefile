@@ -13,13 +13,14 @@ WHEELS ?= $(wildcard ../shared/wheels)
 NATIVE := $(wildcard ops/*.cpp ops/*/*.cpp ops/*/*.h ops/*/*.cu ops/*/*.cuh)
 FAST := -m "not slow"
 
-.PHONY: help setup test test-slow sanitize lint demo clean distclean
+.PHONY: help setup benchmark test test-slow sanitize lint demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
 	@echo "make test       lint, type check and tests that take seconds"
 	@echo "make test-slow  also the tests that train for minutes"
 	@echo "make sanitize   tests of the ops under AddressSanitizer and UBSan (GCC, 3 minutes to build)"
+	@echo "make benchmark  every measurement of docs/performance.md: about 40 minutes, on an idle machine"
 	@echo "make setup      only the environment in .venv"
 	@echo "make clean      remove build files and the demo's data and output, to start it anew"
 	@echo "make distclean  remove .venv too"
@@ -87,6 +88,10 @@ demo: setup $(DEMO)/epoch_20.pth
 	LAS_MM_COCO=data/demo_coco LAS_MM_PRETRAINED=none $(BIN)/python tools/test.py $(DEMO_CONFIG) $(DEMO)/epoch_20.pth --work-dir $(DEMO) --show-dir $(DEMO)/pictures
 	$(BIN)/python tools/plot_log.py $(DEMO) --out $(DEMO)/curves.png
 	@echo "pictures: $(DEMO)/pictures (detections beside the computed patches), curves: $(DEMO)/curves.png"
+
+benchmark: setup
+	$(BIN)/pip install --quiet -r requirements/benchmark.txt
+	PYTHON=$(BIN)/python tools/benchmark_all.sh work_dirs/benchmark
 
 clean:
 	rm -rf build $(DEMO) data/demo_coco

@@ -113,7 +113,7 @@ setup(
     # the user's choice: requirements/ lists the tested pins, las_mm checks the imports.
     install_requires=["numpy", "PyYAML", "rich", "tensorboard"],
     extras_require={
-        "benchmark": ["matplotlib", "onnx", "onnxruntime", "openvino"],
+        "benchmark": ["matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino"],
         "demo": ["matplotlib", "scikit-image"],
         "dev": [
             "hypothesis",

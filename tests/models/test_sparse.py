@@ -784,6 +784,50 @@ def test_threads_share_a_model(monkeypatch, alternate):
         raise errors[0]
 
 
+def test_half_made_choice_of_another_thread(monkeypatch):
+    """One thread packs what its choice needs while another, which needs it not, is in the block."""
+
+    def lookup(kind):
+        return plan.Choice(winograd=threading.current_thread().name != "other")
+
+    def fold(block):
+        packing.set()
+        finished.wait(5)
+        return original_fold(block)
+
+    def spatial_mask(*arguments):
+        if threading.current_thread() is not other and not other.ident:
+            other.start()
+            packing.wait(5)
+        return original_mask(*arguments)
+
+    def work():
+        try:
+            with torch.no_grad():
+                results.append(block(small))
+        finally:
+            packing.set()
+
+    choose(monkeypatch, lookup)
+    block, results = make().layer1[1], []
+    small, large = (torch.randn(1, 32, n, n).relu() for n in (6, 8))
+    with torch.no_grad(), sparse.masked_dense():
+        expected = [block(large), block(small)]
+    with torch.no_grad():
+        block(large)  # conv2's direct weights are not packed
+        packing, finished = threading.Event(), threading.Event()
+        other = threading.Thread(target=work, name="other")
+        original_fold, original_mask = sparse._fold_block, ops.spatial_mask
+        monkeypatch.setattr(sparse, "_fold_block", fold)
+        monkeypatch.setattr(ops, "spatial_mask", spatial_mask)
+        try:
+            results.append(block(large))
+        finally:
+            finished.set()
+            other.join()
+    assert_close(results, expected)
+
+
 def resident_bytes():
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * 4096

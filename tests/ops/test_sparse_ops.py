@@ -500,6 +500,12 @@ def test_opcheck_bottleneck(block):
     opcheck("sparse_bottleneck", block.x, *block.arguments)
 
 
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@parametrize({name: BLOCKS[name] for name in ("float32", "dense", "dense without mask")})
+def test_opcheck_has_no_gradient(block):
+    opcheck("sparse_bottleneck", block.x.clone().requires_grad_(), *block.arguments)
+
+
 @parametrize(BLOCKS)
 def test_opcheck_bottleneck_in_place(block):
     opcheck("sparse_bottleneck_", block.x.clone(), *block.arguments)

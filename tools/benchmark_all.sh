@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Every measurement of docs/performance.md: one JSON file each in the given folder (about 40 minutes
+# on 2 cores), then the table. Let nothing else run meanwhile.
+#   tools/benchmark_all.sh [FOLDER] [NAME ...]     only these, e.g. 8x224 800_bf16
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-work_dirs/benchmark}
+shift || true
+wanted=" $* "
+config=configs/mask_rcnn_lasnet_r101.py
+python=${PYTHON:-python}
+export LAS_MM_PRETRAINED=none
+mkdir -p "$out"
+
+measure() { # NAME SHAPE OPTIONS...
+  local name=$1 shape=$2
+  shift 2
+  if [ "$wanted" != "  " ] && [[ "$wanted" != *" $name "* ]]; then return; fi
+  echo "== $name"
+  # shellcheck disable=SC2086
+  "$python" tools/benchmark.py $config --shape $shape --json "$out/$name.json" "$@" |
+    tee "$out/$name.txt"
+}
+
+measure 1x224 "1 3 224 224" --rate 0.5 0.25 1.0 --masks blob --memory
+measure 8x224 "8 3 224 224" --rate 0.5 0.25 1.0 --masks blob
+measure 800 "1 3 800 1344" --rate 0.5 0.25 1.0 --masks blob --memory --rounds 7 --plot "$out/800.png"
+measure 800_random "1 3 800 1344" --rate 0.5 --masks random --rounds 7 --engines openvino onnxruntime
+measure 800_S1111 "1 3 800 1344" --rate 0.5 --masks blob --granularity 1 1 1 1 --rounds 7 \
+  --engines openvino onnxruntime
+measure 800_S8471 "1 3 800 1344" --rate 0.5 --masks blob --granularity 8 4 7 1 --rounds 7 \
+  --engines openvino onnxruntime
+measure 8x224_layer "8 3 224 224" --rate 0.5 --masks blob --mode layer --engines openvino onnxruntime
+measure 800_bf16 "1 3 800 1344" --rate 0.5 --masks blob --dtype bf16 --rounds 7
+measure 800_whole "1 3 800 1344" --rate 0.5 --masks blob --whole-model --rounds 5 --engines openvino
+"$python" tools/benchmark_table.py "$out"/*.json
