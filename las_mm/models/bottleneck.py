@@ -85,6 +85,15 @@ class DynamicBottleneck(Bottleneck):
             self._snapshot = sparse.Snapshot(self)
         return None if self._snapshot.hooked() else self._fast
 
+    def hooked_inside(self) -> bool:
+        """Whether a module of this block has forward hooks, which may keep what they are given."""
+        return self._snapshot is not None and self._snapshot.hooked()
+
+    def train(self, mode: bool = True) -> DynamicBottleneck:
+        """The parent's; the fast form is made anew, as weights may be swapped in between."""
+        self._fast = self._snapshot = None
+        return super().train(mode)
+
     def _forward(self, x: Tensor) -> Tensor:
         mask = None
         if self.masker is None:

@@ -167,6 +167,7 @@ class LASResNet(ResNet):
         if observe is not None:
             observe(self)
         outs = []
+        compiling = torch.compiler.is_compiling()
         for i, name in enumerate(self.res_layers):
             stage = getattr(self, name)
             if sparse.has_hooks(stage):
@@ -176,7 +177,8 @@ class LASResNet(ResNet):
                 for block in stage:
                     hooked = sparse.has_hooks(block)
                     x = block(x) if hooked else block.infer(x, in_place=mine)
-                    mine = not hooked  # a hook may have kept the output
+                    # A hook may have kept the output.
+                    mine = not hooked and (compiling or not block.hooked_inside())
                     if observe is not None:
                         observe(block)
             if i in self.out_indices:
@@ -204,8 +206,8 @@ class LASResNet(ResNet):
                 self._fast_stem = sparse.FastStem.of(self)
             except sparse.Unsupported:
                 self._fast_stem = None
-            parts = [self.stem] if self.deep_stem else [self.conv1, self.norm1, self.relu]
-            self._snapshot = sparse.Snapshot(nn.ModuleList([*parts, self.maxpool]))
+            parts = ["stem"] if self.deep_stem else ["conv1", self.norm1_name, "relu"]
+            self._snapshot = sparse.Snapshot(self, [*parts, "maxpool"])
         return None if self._snapshot.hooked() else self._fast_stem
 
     def _apply(self, *args, **kwargs) -> LASResNet:
@@ -259,6 +261,7 @@ class LASResNet(ResNet):
 
     def train(self, mode: bool = True) -> LASResNet:
         """The parent's, but returning the module like every other ``nn.Module``."""
+        self._fast_stem = self._snapshot = None  # made anew, as weights may be swapped in between
         super().train(mode)
         return self
 

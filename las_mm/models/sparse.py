@@ -7,7 +7,7 @@ does the work ahead of the first image. Nothing of the training form changes: pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -102,6 +102,8 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     batchnorm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
     if not batchnorm or norm.running_mean is None:
         raise Unsupported(f"{type(norm).__name__} is not a BatchNorm with running statistics")
+    if norm.training:
+        raise Unsupported(f"its {type(norm).__name__} is in training mode")
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
@@ -119,23 +121,39 @@ class Snapshot:
 
     Args:
         module: The module in training form.
+        names: Only these children of it; by default all.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._tensors = [
-            # Tensors made in inference mode do not count their versions.
-            (store, key, tensor, None if tensor.is_inference() else tensor._version)
-            for sub in module.modules()
-            for store in (sub._parameters, sub._buffers)
-            for key, tensor in store.items()
-            if tensor is not None and key != "num_batches_tracked"
+    def __init__(self, module: nn.Module, names: Sequence[str] | None = None) -> None:
+        children = {
+            name: child
+            for name, child in module._modules.items()
+            if child is not None and (names is None or name in names)
+        }
+        inside = [sub for child in children.values() for sub in child.modules()]
+        stores = [(module._modules, name, child) for name, child in children.items()]
+        for sub in inside:
+            stores += [(sub._modules, name, child) for name, child in sub._modules.items()]
+            stores += [(sub._parameters, name, p) for name, p in sub._parameters.items()]
+            stores += [
+                (sub._buffers, name, b)
+                for name, b in sub._buffers.items()
+                if name != "num_batches_tracked"
+            ]
+            stores.append((sub.__dict__, "training", sub.training))
+        # With the version where there is one: tensors made in inference mode do not count theirs.
+        self._stores = [
+            (
+                store,
+                name,
+                value,
+                value._version if isinstance(value, Tensor) and not value.is_inference() else None,
+            )
+            for store, name, value in stores
         ]
         # A hook inside wants to see the training form's tensors.
         self._hooks = [
-            hooks
-            for sub in module.modules()
-            if sub is not module
-            for hooks in (sub._forward_hooks, sub._forward_pre_hooks)
+            hooks for sub in inside for hooks in (sub._forward_hooks, sub._forward_pre_hooks)
         ]
 
     def hooked(self) -> bool:
@@ -143,10 +161,14 @@ class Snapshot:
         return any(self._hooks)
 
     def stale(self) -> bool:
-        """Whether a parameter or buffer was replaced or written to."""
+        """Whether a module, parameter or buffer was replaced, written to or switched to training.
+
+        Writing through ``parameter.data`` is invisible here; ``.train()`` and ``.eval()``, which
+        surround it in practice, drop the fast form.
+        """
         # A plain loop: this runs for every block of every image.
-        for store, key, tensor, version in self._tensors:
-            if store[key] is not tensor or (version is not None and tensor._version != version):
+        for store, name, value, version in self._stores:
+            if store.get(name) is not value or (version is not None and value._version != version):
                 return True
         return False
 
@@ -224,30 +246,33 @@ class FastBottleneck:
         )
         return replace(kind, side=map_side(positions, kind.macs))
 
-    def plan(self, block: nn.Module, x: Tensor) -> None:
-        """Choose the form for inputs like ``x``, and pack what that form needs."""
+    def plan(self, block: nn.Module, x: Tensor) -> Choice:
+        """The form for inputs like ``x``; packs what that form needs before anyone sees it."""
         size = (*x.shape, torch.get_num_threads())
-        if size not in self._choices:
-            if len(self._choices) > 256:  # images of ever new sizes
-                self._choices.clear()
-            self._choices[size] = current_plan().lookup(self.kind(x))
-        self.choice = self._choices[size]
-        if not self.choice.winograd and not self.weights[1].numel():
+        choice = self._choices.get(size)
+        if choice is not None:
+            self.choice = choice
+            return choice
+        choice = current_plan().lookup(self.kind(x))
+        if not choice.winograd and not self.weights[1].numel():
             weight, _, groups = _fold_block(block)[1]
             self.weights[1] = ops.pack_conv(weight, groups)
-        if self.choice.dense_above < 1 and self.dense is None:
+        if choice.dense_above < 1 and self.dense is None:
             self.dense = [
                 weight.contiguous(memory_format=torch.channels_last)
                 for weight, _, _ in _fold_block(block)
             ]
+        if len(self._choices) > 256:  # images of ever new sizes
+            self._choices = {}
+        self._choices[size] = self.choice = choice
+        return choice
 
     def __post_init__(self) -> None:
         self._choices: dict[tuple[int, ...], Choice] = {}
 
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
-        if not torch.compiler.is_compiling():
-            self.plan(block, x)
+        choice = self.choice if torch.compiler.is_compiling() else self.plan(block, x)
         mask = None
         granularity = block.granularity if block.mode == "spatial" else ops.LAYER
         rate = rate_dilated = self.one
@@ -265,8 +290,8 @@ class FastBottleneck:
             rate, rate_dilated = rates.unbind()
         if not torch.compiler.is_exporting():
             block.activation = Activation(rate, rate_dilated, self.one, mask)
-        winograd = self.winograd if self.choice.winograd else None
-        cost, above = self.choice.winograd_cost, self.choice.dense_above
+        winograd = self.winograd if choice.winograd else None
+        cost, above = choice.winograd_cost, choice.dense_above
         dense = self.dense if above < 1 else None
         if in_place and len(self.weights) == 3:
             return ops.sparse_bottleneck_(

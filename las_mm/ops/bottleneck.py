@@ -60,7 +60,7 @@ def _check(x: Tensor, a: _Arguments) -> list[int]:
         check_vector(bias, f"biases[{i}]", width if i < 2 else c_out, torch.float32, x)
     if not a.winograd_cost >= 0:
         raise ValueError(f"winograd_cost must be a number from 0 up, got {a.winograd_cost}")
-    if a.dense:
+    if a.dense is not None:
         _check_dense(x, a, width, c_out)
     check_packed(a.weights[0], "weights[0]", width, x.shape[1], 1, 1, x)
     check_packed(a.weights[2], "weights[2]", c_out, width, 1, 1, x)
@@ -274,7 +274,8 @@ def sparse_bottleneck_(
     """:func:`sparse_bottleneck` of a block without downsample convolution, written into ``x``.
 
     Dropped positions cost nothing: they are left as they are, which is what the block computes as
-    long as ``x`` is not negative there, i.e. the output of a ReLU.
+    long as ``x`` is not negative there, i.e. the output of a ReLU. (Where dense convolutions run,
+    see ``dense_above``, they become its ReLU.)
 
     Returns:
         ``x``.

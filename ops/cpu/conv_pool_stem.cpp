@@ -36,6 +36,7 @@ class Stem {
         out_(mutable_values(out, T{})) {}
 
   void run() {
+    if (images_ == 0) return;
     const int64_t bands = std::min(out_height_, ceil_div(at::get_num_threads() * 2, images_));
     parallel_tasks(images_ * bands, [&](int64_t task) {
       const int64_t band = task % bands;

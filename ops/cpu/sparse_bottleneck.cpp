@@ -5,6 +5,7 @@
 // values never leave the cache. Nothing is copied to gather: the kernels take row pointers.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -445,9 +446,10 @@ class Bottleneck {
 at::Tensor run_dense(const at::Tensor& x, const Arguments& a, const Shape& s,
                      const at::Tensor& patches) {
   const std::vector<at::Tensor>& dense = *a.dense;
+  const int64_t dilation = std::min(a.dilation, std::max(s.hidden_height, s.hidden_width));
   const auto bias = [&](int i) { return a.biases[i].to(x.scalar_type()); };
   at::Tensor out = at::conv2d(x, dense[0], bias(0), a.strides[0]).relu_();
-  out = at::conv2d(out, dense[1], bias(1), a.strides[1], a.dilation, a.dilation, a.groups);
+  out = at::conv2d(out, dense[1], bias(1), a.strides[1], dilation, dilation, a.groups);
   out = at::conv2d(out.relu_(), dense[2], bias(2));
   at::Tensor side = x;
   if (s.downsample) {
@@ -492,6 +494,7 @@ at::Tensor sparse_bottleneck(const at::Tensor& x, const std::optional<at::Tensor
                              at::IntArrayRef strides, int64_t dilation, int64_t groups,
                              double winograd_cost, std::optional<std::vector<at::Tensor>> dense,
                              double dense_above) {
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;  // of the dense form's convolutions
   Arguments a{mask,     std::move(weights), std::move(biases), winograd,
               shortcut, granularity,        strides.vec(),     dilation,
               groups,   winograd_cost,      std::move(dense),  dense_above};
@@ -515,6 +518,7 @@ void sparse_bottleneck_(const at::Tensor& x, const std::optional<at::Tensor>& ma
                         double winograd_cost, std::optional<std::vector<at::Tensor>> dense, double dense_above) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;  // of the dense form's convolutions
   Arguments a{mask,     std::move(weights), std::move(biases), winograd,
               shortcut, granularity,        strides.vec(),     dilation,
               groups,   winograd_cost,      std::move(dense),  dense_above};
