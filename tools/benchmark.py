@@ -184,7 +184,8 @@ def time_whole(args: argparse.Namespace, candidate: Candidate, subject, rows, se
     nchw = eager and min(eager, key=lambda row: row["median_ms"])["engine"] == "eager-nchw"
     layout = torch.contiguous_format if nchw else torch.channels_last
     twin = engines.eager_twin(subject, layout)
-    pair = build_whole(candidate.model, candidate.path, twin, subject.x, setter)
+    mode = "predict" if args.checkpoint else "tensor"
+    pair = build_whole(candidate.model, candidate.path, twin, subject.x, setter, mode)
     contest.time_contestants(pair, args.rounds, args.warmup, say)
     static, dynamic = pair
     ratio = dynamic.median / static.median

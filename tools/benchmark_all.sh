@@ -25,10 +25,10 @@ measure() { # NAME SHAPE OPTIONS...
 measure 1x224 "1 3 224 224" --rate 0.5 0.25 1.0 --masks blob --memory
 measure 8x224 "8 3 224 224" --rate 0.5 0.25 1.0 --masks blob
 measure 800 "1 3 800 1344" --rate 0.5 0.25 1.0 --masks blob --memory --rounds 7 --plot "$out/800.png"
-measure 800_random "1 3 800 1344" --rate 0.5 --masks random --rounds 7 --engines openvino onnxruntime
-measure 800_S1111 "1 3 800 1344" --rate 0.5 --masks blob --granularity 1 1 1 1 --rounds 7 \
+measure 800_random "1 3 800 1344" --rate 0.5 --masks random --rounds 5 --engines openvino onnxruntime
+measure 800_S1111 "1 3 800 1344" --rate 0.5 --masks blob --granularity 1 1 1 1 --rounds 5 \
   --engines openvino onnxruntime
-measure 800_S8471 "1 3 800 1344" --rate 0.5 --masks blob --granularity 8 4 7 1 --rounds 7 \
+measure 800_S8471 "1 3 800 1344" --rate 0.5 --masks blob --granularity 8 4 7 1 --rounds 5 \
   --engines openvino onnxruntime
 measure 8x224_layer "8 3 224 224" --rate 0.5 --masks blob --mode layer --engines openvino onnxruntime
 measure 800_bf16 "1 3 800 1344" --rate 0.5 --masks blob --dtype bf16 --rounds 7

@@ -12,7 +12,12 @@ from las_mm.benchmark.contest import Contestant
 
 
 def build_whole(
-    model: nn.Module, path: str, twin: nn.Module, x: Tensor, prepare: Callable[[], None]
+    model: nn.Module,
+    path: str,
+    twin: nn.Module,
+    x: Tensor,
+    prepare: Callable[[], None],
+    mode: str,
 ) -> list[Contestant]:
     """The whole model from a normalised batch to predictions, static and dynamic backbone.
 
@@ -22,6 +27,8 @@ def build_whole(
         twin: The static backbone in eager mode.
         x: (N, 3, H, W), float32.
         prepare: Sets the masks of the dynamic backbone.
+        mode: ``'predict'``, or ``'tensor'``, which leaves out the post-processing: with random
+            weights that depends on how many random boxes pass the score threshold.
 
     Returns:
         The static model and the dynamic one, which share everything but the backbone.
@@ -38,7 +45,7 @@ def build_whole(
         @torch.inference_mode()
         def run() -> object:
             # Predictions may be written into the samples.
-            return model(x, copy.deepcopy(samples), mode="predict")
+            return model(x, copy.deepcopy(samples), mode=mode)
 
         return Contestant(name, kind, run, prepare=enter)
 

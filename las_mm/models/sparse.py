@@ -112,7 +112,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         bias = bias + conv.bias.double() * scale
     if norm.bias is not None:
         bias = bias + norm.bias.double()
-    weight = conv.weight.double() * scale[:, None, None, None]
+    weight = conv.weight.float() * scale.float()[:, None, None, None]
     return weight.to(conv.weight.dtype), bias.float()
 
 

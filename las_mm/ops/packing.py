@@ -132,8 +132,13 @@ def pack_winograd(weight: Tensor) -> Tensor:
             f"weight must be float32 (C_out, C_in, 3, 3), got {weight.dtype} {list(weight.shape)}"
         )
     g = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]).double()
-    transformed = torch.einsum("ia,ocab,jb->ocij", g, weight.double(), g)
-    return pack_conv(transformed.to(weight.dtype))
+    # Panels are independent of each other; one at a time keeps the intermediates small.
+    return torch.cat(
+        [
+            pack_conv(torch.einsum("ia,ocab,jb->ocij", g, panel.double(), g).float())
+            for panel in weight.split(PANEL)
+        ]
+    )
 
 
 def pack_stem(weight: Tensor) -> Tensor:
