@@ -32,5 +32,4 @@ measure 800_S8471 "1 3 800 1344" --rate 0.5 --masks blob --granularity 8 4 7 1 -
   --engines openvino onnxruntime
 measure 8x224_layer "8 3 224 224" --rate 0.5 --masks blob --mode layer --engines openvino onnxruntime
 measure 800_bf16 "1 3 800 1344" --rate 0.5 --masks blob --dtype bf16 --rounds 7
-measure 800_whole "1 3 800 1344" --rate 0.5 --masks blob --whole-model --rounds 5 --engines openvino
 "$python" tools/benchmark_table.py "$out"/*.json
