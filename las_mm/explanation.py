@@ -82,7 +82,7 @@ class Explanation:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=110)
+        console = Console(width=130)
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
@@ -121,6 +121,8 @@ def explain(model: nn.Module, image: Tensor, quiet: bool = False) -> Explanation
         >>> las_mm.explain(model.backbone, torch.rand(3, 800, 1344))  # doctest: +SKIP
     """
     backbone = find_dynamic_backbone(model)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"image must be a tensor, got {type(image).__name__}")
     if image.dim() == 3:
         image = image[None]
     if image.dim() != 4 or image.shape[1] != 3:
@@ -132,7 +134,8 @@ def explain(model: nn.Module, image: Tensor, quiet: bool = False) -> Explanation
             if not sparse.wanted(image):
                 raise ValueError(
                     "the fast form does not run here: las_mm.explain needs a float32 or bfloat16 "
-                    f"image on a CPU and the native ops, got {image.dtype} on {image.device}"
+                    "image on a CPU, the native ops, and no autocast or masked_dense() around "
+                    f"it, got {image.dtype} on {image.device}"
                 )
             return _explain(backbone, image, quiet)
     finally:

@@ -159,6 +159,9 @@ class LASResNet(ResNet):
 
         ``observe`` is called after the stem, with the backbone, and after each block, with it.
         """
+        # Outputs have the memory format of the input, as those of dense convolutions have: some
+        # consumers (mmcv's RoIAlign on a CPU) read wrong values from channels_last maps.
+        contiguous = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
         stem = self._prepare_stem()
         if stem is not None and x.dtype == stem.weight.dtype:
             x = stem(x)
@@ -182,7 +185,7 @@ class LASResNet(ResNet):
                     if observe is not None:
                         observe(block)
             if i in self.out_indices:
-                outs.append(x)
+                outs.append(x.contiguous() if contiguous else x)
         return tuple(outs)
 
     def _dense_stem(self, x: Tensor) -> Tensor:

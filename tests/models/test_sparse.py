@@ -857,3 +857,16 @@ def test_memory_stays_flat_when_weights_change():
         with nullcontext() if i % 10 else sparse.masked_dense():
             run(net, x)
     assert resident_bytes() - before < 4 * MEBIBYTE
+
+
+def test_outputs_keep_the_memory_format_of_the_input():
+    """mmcv's RoIAlign on a CPU reads wrong values from channels_last maps."""
+    net = LASResNet(50, base_channels=8, stem_channels=8, out_indices=(0, 1, 2, 3)).eval()
+    x = torch.randn(2, 3, 70, 90)
+    with torch.no_grad():
+        plain = net(x)
+        last = net(x.contiguous(memory_format=torch.channels_last))
+    for a, b in zip(plain, last):
+        assert a.is_contiguous()
+        assert b.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(a, b)
