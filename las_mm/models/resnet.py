@@ -9,6 +9,7 @@ from mmpretrain.models.backbones import ResNet
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 
+from las_mm import ops
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape, PoolShape
 from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
@@ -185,7 +186,7 @@ class LASResNet(ResNet):
                     if observe is not None:
                         observe(block)
             if i in self.out_indices:
-                outs.append(x.contiguous() if contiguous else x)
+                outs.append(ops.to_nchw(x) if contiguous else x)
         return tuple(outs)
 
     def _dense_stem(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from las_mm.ops.convolution import (
     conv_pool_stem,
     gather_conv3x3,
     masker_conv1x1,
+    to_nchw,
 )
 from las_mm.ops.library import load_native
 from las_mm.ops.masks import LAYER, dilate_mask, spatial_mask
@@ -39,6 +40,7 @@ __all__ = [
     "sparse_bottleneck",
     "sparse_bottleneck_",
     "spatial_mask",
+    "to_nchw",
 ]
 
 _NATIVE = load_native()

@@ -401,3 +401,36 @@ def conv_pool_stem(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: A shape, dtype or device does not fit; the message names the argument.
     """
     return torch.ops.las_mm.conv_pool_stem(x, weight, bias)
+
+
+# to_nchw -----------------------------------------------------------------------------------------
+
+
+def _to_nchw_reference(x: Tensor) -> Tensor:
+    check_map(x, "x")
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _to_nchw_fake(x: Tensor) -> Tensor:
+    check_map(x, "x")
+    return x.new_empty(x.shape)
+
+
+LIBRARY.define("to_nchw(Tensor x) -> Tensor")
+LIBRARY.impl("to_nchw", _to_nchw_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("las_mm::to_nchw", _to_nchw_fake, lib=LIBRARY)
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    """Copy a channels_last map into contiguous memory, faster than ``Tensor.contiguous`` does.
+
+    Args:
+        x: (N, C, H, W), float32 or bfloat16.
+
+    Returns:
+        The same values, contiguous.
+
+    Raises:
+        ValueError: A wrong shape or dtype.
+    """
+    return torch.ops.las_mm.to_nchw(x)

@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kCacheLine = 64;
 // Stage outputs of two forward passes: while the next one runs, its caller still holds the last.
-constexpr size_t kKeptOutputs = 10;
+constexpr size_t kKeptOutputs = 14;
 
 constexpr size_t kHugePage = size_t{1} << 21;
 
@@ -67,7 +67,7 @@ Workspace& workspace() {
   return instance;
 }
 
-at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes) {
+at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes, bool channels_last) {
   // Storages, not tensors: a tensor that Python has seen keeps its Python object alive.
   thread_local std::deque<c10::Storage> kept;
   const size_t bytes = c10::multiply_integers(sizes) * like.element_size();
@@ -87,7 +87,8 @@ at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes) {
   kept.push_back(storage);  // the least recently used one is dropped first
   const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
   at::Tensor out = at::empty({0}, like.options().memory_format(at::MemoryFormat::Contiguous));
-  return out.set_(storage, 0, sizes, {h * w * c, 1, w * c, c});
+  if (channels_last) return out.set_(storage, 0, sizes, {h * w * c, 1, w * c, c});
+  return out.set_(storage, 0, sizes, {c * h * w, h * w, w, 1});
 }
 
 }  // namespace las_mm::cpu

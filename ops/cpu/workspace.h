@@ -48,8 +48,8 @@ struct Workspace {
 };
 Workspace& workspace();
 
-// A channels_last tensor, taken from the ones returned before if no one holds these any more.
-at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes);
+// A channels_last (or else contiguous) tensor, taken from the ones returned before if no one holds these any more.
+at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes, bool channels_last = true);
 
 // Pointers to the values of a float or bfloat16 tensor.
 inline const float* values(const at::Tensor& x, float) { return x.const_data_ptr<float>(); }

@@ -608,3 +608,16 @@ def test_instruction_set_that_the_cpu_lacks(level):
         timeout=120,
     )
     assert run.returncode != 0 and "LAS_MM_CPU_ISA" in run.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (1, 1, 1, 1), (2, 17, 9, 15), (3, 64, 8, 8)])
+def test_to_nchw(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    for source in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
+        out = torch.ops.las_mm.to_nchw(source)
+        assert out.is_contiguous() and out.data_ptr() != source.data_ptr() or not x.numel()
+        torch.testing.assert_close(out, source, rtol=0, atol=0)
+    torch.library.opcheck(torch.ops.las_mm.to_nchw.default, (x,))
+    with pytest.raises(ValueError, match="x must have shape"):
+        torch.ops.las_mm.to_nchw(torch.zeros(2, 2, 2))
