@@ -13,6 +13,7 @@ from las_mm import ops
 from las_mm.models import sparse
 from las_mm.models.activation import Activation
 from las_mm.models.maskers import SpatialMasker, dilate_mask, expand_mask
+from las_mm.models.snapshot import Snapshot
 
 MODES = ("static", "spatial", "layer")
 
@@ -41,7 +42,7 @@ class DynamicBottleneck(Bottleneck):
         self.activation: Activation | None = None
         self.no_fast_form: str | None = None
         self._fast: sparse.FastBottleneck | None = None
-        self._snapshot: sparse.Snapshot | None = None
+        self._snapshot: Snapshot | None = None
         self._settings: tuple | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class DynamicBottleneck(Bottleneck):
             except sparse.Unsupported as reason:
                 self._fast = None
                 self.no_fast_form = str(reason)
-            self._snapshot = sparse.Snapshot(self)
+            self._snapshot = Snapshot(self)
         return None if self._snapshot.hooked() else self._fast
 
     def hooked_inside(self) -> bool:

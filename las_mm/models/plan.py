@@ -31,6 +31,7 @@ _FORMAT = 1
 _SIDES = (7, 14, 28, 56)  # of the square map that stands for a number of positions
 _MOST_MACS = 1.5e9  # of one dense run; per position, larger maps behave like this one
 _FEWEST_MACS = 5e6  # below, the forms differ by less than the noise of a measurement
+_WINOGRAD_COST = 1.15  # until measured: transforms and smaller products
 _ROUNDS = 6
 _RATES = (0.25, 1.0)
 
@@ -111,7 +112,7 @@ class Choice:
     """
 
     winograd: bool
-    winograd_cost: float = 1.15
+    winograd_cost: float = _WINOGRAD_COST
     dense_above: float = 1.0
     timing: Timing | None = None
     side: int = 0
@@ -138,7 +139,7 @@ def map_side(positions: int, macs: int) -> int:
 def choose(kind: BlockKind, timing: Timing) -> Choice:
     """The fastest forms according to ``timing``."""
     winograd = timing.winograd is not None and sum(timing.winograd) < sum(timing.direct)
-    cost = 1.15
+    cost = _WINOGRAD_COST
     if timing.winograd is not None:
         # Time of conv2's direct form: its share of the multiplications. 9 per output become 4.
         conv2 = timing.direct[1] * (9 * kind.width * kind.width / kind.groups) / kind.macs

@@ -15,6 +15,7 @@ from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.bottleneck import MODES, DynamicBottleneck
 from las_mm.models.maskers import SpatialMasker
+from las_mm.models.snapshot import Snapshot, has_hooks
 from las_mm.registry import MODELS
 
 
@@ -135,7 +136,7 @@ class LASResNet(ResNet):
         self._input_hw: tuple[int, int] | None = None
         self._shapes: dict[tuple[int, int], NetworkShape] = {}
         self._fast_stem: sparse.FastStem | None = None
-        self._snapshot: sparse.Snapshot | None = None
+        self._snapshot: Snapshot | None = None
         super().__init__(depth, **kwargs)
 
     def make_res_layer(self, **kwargs) -> ResLayer:
@@ -174,19 +175,19 @@ class LASResNet(ResNet):
         compiling = torch.compiler.is_compiling()
         for i, name in enumerate(self.res_layers):
             stage = getattr(self, name)
-            if sparse.has_hooks(stage):
+            if has_hooks(stage):
                 x = stage(x)
             else:
                 mine = False  # the stage's input belongs to the stage before
                 for block in stage:
-                    hooked = sparse.has_hooks(block)
+                    hooked = has_hooks(block)
                     x = block(x) if hooked else block.infer(x, in_place=mine)
                     # A hook may have kept the output.
                     mine = not hooked and (compiling or not block.hooked_inside())
                     if observe is not None:
                         observe(block)
             if i in self.out_indices:
-                outs.append(ops.to_nchw(x) if contiguous else x)
+                outs.append(ops.to_nchw(x) if contiguous and not x.is_contiguous() else x)
         return tuple(outs)
 
     def _dense_stem(self, x: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ class LASResNet(ResNet):
             except sparse.Unsupported:
                 self._fast_stem = None
             parts = ["stem"] if self.deep_stem else ["conv1", self.norm1_name, "relu"]
-            self._snapshot = sparse.Snapshot(self, [*parts, "maxpool"])
+            self._snapshot = Snapshot(self, [*parts, "maxpool"])
         return None if self._snapshot.hooked() else self._fast_stem
 
     def _apply(self, *args, **kwargs) -> LASResNet:

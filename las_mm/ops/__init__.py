@@ -15,12 +15,11 @@ import torch
 from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
 from las_mm.ops.convolution import (
     conv1x1_scatter_add_,
-    conv_pool_stem,
     gather_conv3x3,
     masker_conv1x1,
-    to_nchw,
 )
 from las_mm.ops.library import load_native
+from las_mm.ops.maps import conv_pool_stem, to_nchw
 from las_mm.ops.masks import LAYER, dilate_mask, spatial_mask
 from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
 

@@ -1,4 +1,4 @@
-"""The three ops of the paper, and the stem: convolutions at kept positions only."""
+"""The three ops of the paper: convolutions at kept positions only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from las_mm.ops.masks import (
 from las_mm.ops.packing import packed_numel, unpack_conv
 
 CHANNELS_LAST = torch.channels_last
-STEM_KERNEL = 7
 
 
 def check_packed(
@@ -130,15 +129,12 @@ def _masker_conv1x1_fake(
     offset: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    granularity: int,
-    strides: Sequence[int],
-    dilation: int,
+    *geometry,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _masker_conv1x1_check(x, weight, bias)
-    mask, rates = _spatial_mask_fake(
-        x, masker_weight, masker_bias, offset, granularity, strides, dilation, "masker_"
-    )
-    return mask, rates, empty_map(x, bias.numel(), conv_size(x, strides[0]))
+    decided = _spatial_mask_fake(x, masker_weight, masker_bias, offset, *geometry, "masker_")
+    _, strides, _ = geometry
+    return (*decided, empty_map(x, bias.numel(), conv_size(x, strides[0])))
 
 
 LIBRARY.define(
@@ -232,16 +228,9 @@ def _gather_conv3x3_reference(
 
 
 def _gather_conv3x3_fake(
-    hidden: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    granularity: int,
-    stride: int,
-    dilation: int,
-    groups: int,
+    hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, *geometry
 ) -> Tensor:
-    size = _gather_conv3x3_check(hidden, mask, weight, bias, granularity, stride, dilation, groups)
+    size = _gather_conv3x3_check(hidden, mask, weight, bias, *geometry)
     return empty_map(hidden, bias.numel(), size)
 
 
@@ -318,18 +307,12 @@ def _conv1x1_scatter_add_reference(
     residual.copy_(torch.where(kept, out, residual.float()))
 
 
-def _conv1x1_scatter_add_fake(
-    residual: Tensor, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, granularity: int
-) -> None:
-    _conv1x1_scatter_add_check(residual, x, mask, weight, bias, granularity)
-
-
 LIBRARY.define(
     "conv1x1_scatter_add_(Tensor(a!) residual, Tensor x, Tensor mask, Tensor weight, Tensor bias, "
     "int granularity) -> ()"
 )
 LIBRARY.impl("conv1x1_scatter_add_", _conv1x1_scatter_add_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::conv1x1_scatter_add_", _conv1x1_scatter_add_fake, lib=LIBRARY)
+torch.library.register_fake("las_mm::conv1x1_scatter_add_", _conv1x1_scatter_add_check, lib=LIBRARY)
 
 
 def conv1x1_scatter_add_(
@@ -355,82 +338,3 @@ def conv1x1_scatter_add_(
     """
     torch.ops.las_mm.conv1x1_scatter_add_(residual, x, mask, weight, bias, granularity)
     return residual
-
-
-# conv_pool_stem ----------------------------------------------------------------------------------
-
-
-def _conv_pool_stem_check(x: Tensor, weight: Tensor, bias: Tensor) -> list[int]:
-    check_map(x, "x")
-    check_vector(bias, "bias", bias.numel(), torch.float32, x)
-    depth = x.shape[1] * STEM_KERNEL
-    check_packed(weight, "weight", bias.numel(), depth, STEM_KERNEL, 1, x)
-    return [ceil_div(ceil_div(n, 2), 2) for n in x.shape[2:]]
-
-
-def _conv_pool_stem_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    _conv_pool_stem_check(x, weight, bias)
-    rows = unpack_conv(weight, bias.numel(), STEM_KERNEL * x.shape[1], STEM_KERNEL, 1)
-    kernel = rows.unflatten(1, (STEM_KERNEL, -1)).permute(0, 2, 3, 1).float()
-    out = F.conv2d(x.float(), kernel, bias, stride=2, padding=STEM_KERNEL // 2).relu()
-    out = F.max_pool2d(out, 3, stride=2, padding=1)
-    return out.to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
-
-
-def _conv_pool_stem_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return empty_map(x, bias.numel(), _conv_pool_stem_check(x, weight, bias))
-
-
-LIBRARY.define("conv_pool_stem(Tensor x, Tensor weight, Tensor bias) -> Tensor")
-LIBRARY.impl("conv_pool_stem", _conv_pool_stem_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::conv_pool_stem", _conv_pool_stem_fake, lib=LIBRARY)
-
-
-def conv_pool_stem(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ResNet's stem in one pass: 7x7 convolution of stride 2, bias, ReLU, 3x3 max pool of stride 2.
-
-    Args:
-        x: Images, (N, C_in, H, W), float32 or bfloat16.
-        weight: The 7x7 kernel packed by :func:`~las_mm.ops.pack_stem`, dtype of ``x``.
-        bias: (C,), float32.
-
-    Returns:
-        (N, C, H_out, W_out), the size halved twice, each time rounded up.
-
-    Raises:
-        ValueError: A shape, dtype or device does not fit; the message names the argument.
-    """
-    return torch.ops.las_mm.conv_pool_stem(x, weight, bias)
-
-
-# to_nchw -----------------------------------------------------------------------------------------
-
-
-def _to_nchw_reference(x: Tensor) -> Tensor:
-    check_map(x, "x")
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _to_nchw_fake(x: Tensor) -> Tensor:
-    check_map(x, "x")
-    return x.new_empty(x.shape)
-
-
-LIBRARY.define("to_nchw(Tensor x) -> Tensor")
-LIBRARY.impl("to_nchw", _to_nchw_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::to_nchw", _to_nchw_fake, lib=LIBRARY)
-
-
-def to_nchw(x: Tensor) -> Tensor:
-    """Copy a channels_last map into contiguous memory, faster than ``Tensor.contiguous`` does.
-
-    Args:
-        x: (N, C, H, W), float32 or bfloat16.
-
-    Returns:
-        The same values, contiguous.
-
-    Raises:
-        ValueError: A wrong shape or dtype.
-    """
-    return torch.ops.las_mm.to_nchw(x)

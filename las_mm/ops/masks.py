@@ -231,17 +231,8 @@ def _spatial_mask_reference(
     return mask, (counts / areas).sum(dim=0).div(max(x.shape[0], 1)).float()
 
 
-def _spatial_mask_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    offset: Tensor | None,
-    granularity: int,
-    strides: Sequence[int],
-    dilation: int,
-    prefix: str = "",
-) -> tuple[Tensor, Tensor]:
-    _, grid = _spatial_mask_check(x, weight, bias, offset, granularity, strides, dilation, prefix)
+def _spatial_mask_fake(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    _, grid = _spatial_mask_check(x, *arguments)
     mask = x.new_empty((x.shape[0], 1, *grid), dtype=torch.bool)
     return mask, x.new_empty((2,), dtype=torch.float32)
 

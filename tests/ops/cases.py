@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from las_mm import ops
-from las_mm.ops import bottleneck, convolution, masks, packing
+from las_mm.ops import bottleneck, convolution, maps, masks, packing
 
 SCALE = float(os.environ.get("LAS_MM_HYPOTHESIS_SCALE", 1))
 SANITIZED = "LAS_MM_SANITIZE" in os.environ
@@ -33,7 +33,7 @@ REFERENCES = {
     "masker_conv1x1": convolution._masker_conv1x1_reference,
     "gather_conv3x3": convolution._gather_conv3x3_reference,
     "conv1x1_scatter_add_": convolution._conv1x1_scatter_add_reference,
-    "conv_pool_stem": convolution._conv_pool_stem_reference,
+    "conv_pool_stem": maps._conv_pool_stem_reference,
     "spatial_mask": masks._spatial_mask_reference,
     "pack_conv": packing._pack_conv_reference,
 }
