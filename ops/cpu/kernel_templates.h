@@ -28,6 +28,12 @@ struct Step<V, bf16> : V::Bf16Step {
   static constexpr int kDepth = 2;
 };
 
+// max keeps its second operand where either is NaN; a NaN has to stay one here.
+template <typename V>
+inline typename V::Reg relu(typename V::Reg value) {
+  return V::max(V::zero(), value);
+}
+
 constexpr int kLine = 64;  // bytes of a cache line
 
 // Output values of a tile will be needed in a while, and may be as far away as main memory.
@@ -116,7 +122,7 @@ inline void tile(const Panel<T>& p, int64_t first_row, int first_column) {
         Reg value = V::add(sums[i][j], bias);
         const int64_t at = p.column + column;
         if (p.residual) value = V::add(value, V::load(p.residual[first_row + i] + at));
-        if (p.relu) value = V::max(value, V::zero());
+        if (p.relu) value = relu<V>(value);
         V::store(p.out[first_row + i] + at, value);
       }
     }
@@ -130,7 +136,7 @@ inline void tile(const Panel<T>& p, int64_t first_row, int first_column) {
       Reg value = V::add(sums[i][j], bias);
       const int64_t at = p.column + column;
       if (p.residual) value = V::add(value, V::load_part(p.residual[first_row + i] + at, n));
-      if (p.relu) value = V::max(value, V::zero());
+      if (p.relu) value = relu<V>(value);
       V::store_part(p.out[first_row + i] + at, value, n);
     }
   }
@@ -238,8 +244,8 @@ void winograd_output(const float* in, int64_t in_stride, int64_t channels, const
       const Reg* d = rows[y];
       const Reg left = V::add(V::add(V::add(d[0], d[1]), d[2]), shift);
       const Reg right = V::add(V::sub(V::sub(d[1], d[2]), d[3]), shift);
-      store_lanes<V>(out + 2 * y * out_stride + c, V::max(left, V::zero()), n);
-      store_lanes<V>(out + (2 * y + 1) * out_stride + c, V::max(right, V::zero()), n);
+      store_lanes<V>(out + 2 * y * out_stride + c, relu<V>(left), n);
+      store_lanes<V>(out + (2 * y + 1) * out_stride + c, relu<V>(right), n);
     }
   }
 }

@@ -9,8 +9,10 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <utility>
 
 #include "common/checks.h"
+#include "cpu/bottleneck_arguments.h"
 #include "cpu/positions.h"
 #include "cpu/sparse_conv.h"
 #include "cpu/workspace.h"
@@ -19,112 +21,6 @@ namespace las_mm::cpu {
 namespace {
 
 constexpr int64_t kChunkTiles = 48;  // Winograd tiles of 2x2 outputs; measured: 36 to 60 are alike
-constexpr int kTile = 16;            // values of a transformed 4x4 input
-
-struct Arguments {
-  std::optional<at::Tensor> mask;
-  std::vector<at::Tensor> weights, biases;
-  std::optional<at::Tensor> winograd, shortcut;
-  int64_t granularity;
-  std::vector<int64_t> strides;
-  int64_t dilation, groups;
-  double winograd_cost;
-  std::optional<std::vector<at::Tensor>> dense;
-  double dense_above;
-};
-
-struct Shape {
-  int64_t images, c_in, height, width;  // of x
-  int64_t hidden_height, hidden_width;  // of conv1's output
-  int64_t out_height, out_width;
-  int64_t hidden, c_out;
-  bool downsample;
-};
-
-void check_dense(const at::Tensor& x, const std::vector<at::Tensor>& dense, const Arguments& a,
-                 const Shape& s) {
-  TORCH_CHECK_VALUE(dense.size() == a.weights.size(), "dense must be None or hold ",
-                    a.weights.size(), " weights as weights does, got ", dense.size());
-  const int64_t side = a.shortcut && a.shortcut->dim() == 4 ? a.shortcut->size(1) : s.c_in;
-  const std::vector<int64_t> shapes[] = {{s.hidden, s.c_in, 1, 1},
-                                         {s.hidden, s.hidden / a.groups, 3, 3},
-                                         {s.c_out, s.hidden, 1, 1},
-                                         {s.c_out, side, 1, 1}};
-  for (size_t i = 0; i < dense.size(); ++i) {
-    const std::string name = "dense[" + std::to_string(i) + "]";
-    TORCH_CHECK_VALUE(dense[i].sizes() == at::IntArrayRef(shapes[i]), name, " must have shape ",
-                      at::IntArrayRef(shapes[i]), ", got ", dense[i].sizes());
-    check_same(dense[i], x, name.c_str());
-  }
-}
-
-Shape check(const at::Tensor& x, const Arguments& a) {
-  check_map(x, "x");
-  check_strides(a.strides, a.dilation);
-  TORCH_CHECK_VALUE((a.weights.size() == 3 || a.weights.size() == 4) &&
-                        a.biases.size() == a.weights.size(),
-                    "weights and biases must be those of conv1, conv2, conv3 and, where there is "
-                    "one, the downsample convolution, got ",
-                    a.weights.size(), " and ", a.biases.size());
-  Shape s{x.size(0), x.size(1), x.size(2), x.size(3)};
-  s.hidden_height = ceil_div(s.height, a.strides[0]);
-  s.hidden_width = ceil_div(s.width, a.strides[0]);
-  s.out_height = ceil_div(s.hidden_height, a.strides[1]);
-  s.out_width = ceil_div(s.hidden_width, a.strides[1]);
-  s.hidden = a.biases[0].numel();
-  s.c_out = a.biases[2].numel();
-  s.downsample = a.weights.size() == 4;
-  check_groups(a.groups, s.hidden, s.hidden);
-  for (size_t i = 0; i < a.biases.size(); ++i) {
-    check_vector(a.biases[i], "biases[" + std::to_string(i) + "]", i < 2 ? s.hidden : s.c_out,
-                 at::kFloat, x);
-  }
-  TORCH_CHECK_VALUE(a.winograd_cost >= 0, "winograd_cost must be a number from 0 up, got ",
-                    a.winograd_cost);
-  if (a.dense) check_dense(x, *a.dense, a, s);
-  check_packed(a.weights[0], "weights[0]", s.hidden, s.c_in, 1, 1, x);
-  check_packed(a.weights[2], "weights[2]", s.c_out, s.hidden, 1, 1, x);
-  if (a.winograd) {
-    TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && a.strides[1] == 1 && a.dilation == 1 &&
-                          a.groups == 1,
-                      "winograd must be None unless conv2 is float32 with stride, dilation and "
-                      "groups 1, got ",
-                      x.scalar_type(), ", stride ", a.strides[1], ", dilation ", a.dilation,
-                      ", groups ", a.groups);
-    check_packed(*a.winograd, "winograd", s.hidden, s.hidden, kTile, 1, x);
-  }
-  if (!a.winograd || a.weights[1].numel() > 0) {
-    check_packed(a.weights[1], "weights[1]", s.hidden, s.hidden / a.groups, 9, a.groups, x);
-  }
-  if (!s.downsample) {
-    TORCH_CHECK_VALUE(!a.shortcut, "shortcut must be None without a downsample convolution");
-    TORCH_CHECK_VALUE(s.c_out == s.c_in && a.strides[0] == 1 && a.strides[1] == 1,
-                      "weights must have a downsample convolution unless strides are [1, 1] and "
-                      "the output has ",
-                      s.c_in, " channels, got ", at::IntArrayRef(a.strides), " and ", s.c_out);
-  } else {
-    if (a.shortcut) {
-      check_map(*a.shortcut, "shortcut");
-      check_same(*a.shortcut, x, "shortcut");
-      TORCH_CHECK_VALUE(
-          a.shortcut->size(0) == s.images && a.shortcut->size(2) == s.out_height &&
-              a.shortcut->size(3) == s.out_width,
-          "shortcut must have ", s.images, " images of ", s.out_height, "x", s.out_width, ", got ",
-          a.shortcut->sizes());
-    }
-    check_packed(a.weights[3], "weights[3]", s.c_out, a.shortcut ? a.shortcut->size(1) : s.c_in, 1,
-                 1, x);
-  }
-  if (a.mask) check_mask_for(*a.mask, "mask", x, s.out_height, s.out_width, a.granularity);
-  return s;
-}
-
-// The kernels read weights and biases as plain arrays.
-void make_contiguous(Arguments& a) {
-  for (at::Tensor& weight : a.weights) weight = weight.contiguous();
-  for (at::Tensor& bias : a.biases) bias = bias.contiguous();
-  if (a.winograd) a.winograd = a.winograd->contiguous();
-}
 
 template <typename T>
 class Bottleneck {
@@ -234,7 +130,7 @@ class Bottleneck {
                                                   int64_t last) {
       if (!s_.downsample) {
         for (int64_t i = lo; i < hi; ++i) {
-          const T* rows[2] = {x_ + list[i] * s_.c_in, zeros};
+          const T* rows[2] = {zeros, x_ + list[i] * s_.c_in};  // a NaN stays one
           max_kernel(T{})(rows, 2, s_.c_in, out_ + list[i] * s_.c_in);
         }
         return;
@@ -487,51 +383,60 @@ void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const a
   }
 }
 
-at::Tensor sparse_bottleneck(const at::Tensor& x, const std::optional<at::Tensor>& mask,
-                             std::vector<at::Tensor> weights, std::vector<at::Tensor> biases,
-                             const std::optional<at::Tensor>& winograd,
-                             const std::optional<at::Tensor>& shortcut, int64_t granularity,
-                             at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                             double winograd_cost, std::optional<std::vector<at::Tensor>> dense,
-                             double dense_above) {
-  const at::AutoDispatchBelowADInplaceOrView no_gradients;  // of the dense form's convolutions
-  Arguments a{mask,     std::move(weights), std::move(biases), winograd,
-              shortcut, granularity,        strides.vec(),     dilation,
-              groups,   winograd_cost,      std::move(dense),  dense_above};
-  const Shape s = check(x, a);
-  make_contiguous(a);
-  const at::Tensor patches = a.mask ? decisions(*a.mask) : at::Tensor();
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
-  if (prefers_dense(a, s, patches)) {
-    return run_dense(input, a, s, patches).contiguous(at::MemoryFormat::ChannelsLast);
+// What both forms of the op do before they compute: checks, and everything in plain arrays.
+struct Call {
+  Call(const at::Tensor& x, Arguments arguments) : a(std::move(arguments)), s(check(x, a)) {
+    make_contiguous(a);
+    if (a.mask) patches = decisions(*a.mask);
+    input = x.contiguous(at::MemoryFormat::ChannelsLast);
   }
+
+  bool dense() const { return prefers_dense(a, s, patches); }
+
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;  // of the dense form's convolutions
+  Arguments a;
+  const Shape s;
+  at::Tensor patches, input;
+};
+
+using Tensors = std::vector<at::Tensor>;
+using MaybeTensor = std::optional<at::Tensor>;
+
+at::Tensor sparse_bottleneck(const at::Tensor& x, const MaybeTensor& mask, Tensors weights,
+                             Tensors biases, const MaybeTensor& winograd,
+                             const MaybeTensor& shortcut, int64_t granularity,
+                             at::IntArrayRef strides, int64_t dilation, int64_t groups,
+                             double winograd_cost, std::optional<Tensors> dense,
+                             double dense_above) {
+  const Call call(x, {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity,
+                      strides.vec(), dilation, groups, winograd_cost, std::move(dense),
+                      dense_above});
+  if (call.dense()) {
+    return run_dense(call.input, call.a, call.s, call.patches)
+        .contiguous(at::MemoryFormat::ChannelsLast);
+  }
+  const Shape& s = call.s;
   at::Tensor out = output_map(x, {s.images, s.c_out, s.out_height, s.out_width});
-  run_sparse(input, a, s, patches, out);
+  run_sparse(call.input, call.a, s, call.patches, out);
   return out;
 }
 
-void sparse_bottleneck_(const at::Tensor& x, const std::optional<at::Tensor>& mask,
-                        std::vector<at::Tensor> weights, std::vector<at::Tensor> biases,
-                        const std::optional<at::Tensor>& winograd,
-                        const std::optional<at::Tensor>& shortcut, int64_t granularity,
-                        at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                        double winograd_cost, std::optional<std::vector<at::Tensor>> dense, double dense_above) {
+void sparse_bottleneck_(const at::Tensor& x, const MaybeTensor& mask, Tensors weights,
+                        Tensors biases, const MaybeTensor& winograd, const MaybeTensor& shortcut,
+                        int64_t granularity, at::IntArrayRef strides, int64_t dilation,
+                        int64_t groups, double winograd_cost, std::optional<Tensors> dense,
+                        double dense_above) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
-  const at::AutoDispatchBelowADInplaceOrView no_gradients;  // of the dense form's convolutions
-  Arguments a{mask,     std::move(weights), std::move(biases), winograd,
-              shortcut, granularity,        strides.vec(),     dilation,
-              groups,   winograd_cost,      std::move(dense),  dense_above};
-  const Shape s = check(x, a);
-  make_contiguous(a);
-  const at::Tensor patches = a.mask ? decisions(*a.mask) : at::Tensor();
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
-  if (prefers_dense(a, s, patches)) {
-    x.copy_(run_dense(input, a, s, patches));
+  const Call call(x, {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity,
+                      strides.vec(), dilation, groups, winograd_cost, std::move(dense),
+                      dense_above});
+  if (call.dense()) {
+    x.copy_(run_dense(call.input, call.a, call.s, call.patches));
     return;
   }
-  run_sparse(input, a, s, patches, input);
-  if (!input.is_same(x)) x.copy_(input);
+  run_sparse(call.input, call.a, call.s, call.patches, call.input);
+  if (!call.input.is_same(x)) x.copy_(call.input);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 Every test runs the reference implementation and, where it is built, the native kernel.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -621,3 +622,53 @@ def test_to_nchw(shape, dtype):
     torch.library.opcheck(torch.ops.las_mm.to_nchw.default, (x,))
     with pytest.raises(ValueError, match="x must have shape"):
         torch.ops.las_mm.to_nchw(torch.zeros(2, 2, 2))
+
+
+@cases.implementations("sparse_bottleneck")
+@pytest.mark.parametrize(
+    "dtype, winograd", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+@pytest.mark.parametrize("which", range(4))
+def test_nan_in_a_weight_reaches_every_kept_output(implementation, dtype, which, winograd):
+    """A ReLU that turned NaN into 0 would let a broken network look healthy."""
+    call = cases.implementation_of(implementation)
+    weights = [torch.randn(16, 8, 1, 1), torch.randn(16, 16, 3, 3), torch.randn(8, 16, 1, 1)]
+    weights.append(torch.randn(8, 8, 1, 1))
+    weights[which].fill_(math.nan)
+    packed = [ops.pack_conv(weight.to(dtype)) for weight in weights]
+    biases = [torch.zeros(16), torch.zeros(16), torch.zeros(8), torch.zeros(8)]
+    tiles = ops.pack_winograd(weights[1]) if winograd else None
+    mask = torch.zeros(1, 1, 6, 6)
+    mask[..., 2:4, 1:3] = 1
+    args = (mask, packed, biases, tiles, None, 1, (1, 1), 1, 1, 0.0)
+    out = cases.implementation_of(implementation)(
+        "sparse_bottleneck", torch.rand(1, 8, 6, 6).to(dtype), *args
+    )
+    assert out[..., 2:4, 1:3].isnan().all()
+    assert out.isnan().all() == (which == 3)  # the shortcut is computed everywhere
+
+
+@cases.implementations("conv_pool_stem")
+def test_nan_in_an_image_passes_the_stem(implementation):
+    x = torch.randn(1, 3, 40, 40)
+    x[..., 10:30, 10:30] = math.nan
+    packed = ops.pack_stem(torch.randn(8, 3, 7, 7))
+    assert (
+        cases.implementation_of(implementation)("conv_pool_stem", x, packed, torch.zeros(8))[
+            ..., 4:7, 4:7
+        ]
+        .isnan()
+        .all()
+    )
+
+
+@cases.implementations("sparse_bottleneck")
+def test_nan_at_a_dropped_position_stays(implementation):
+    x = torch.rand(1, 8, 4, 4)
+    x[..., 0, 0] = math.nan
+    weights = [torch.randn(4, 8, 1, 1), torch.randn(4, 4, 3, 3), torch.randn(8, 4, 1, 1)]
+    packed = [ops.pack_conv(weight) for weight in weights]
+    biases = [torch.zeros(4), torch.zeros(4), torch.zeros(8)]
+    args = (torch.zeros(1, 1, 4, 4), packed, biases, None, None, 1, (1, 1), 1, 1, 0.0)
+    out = cases.implementation_of(implementation)("sparse_bottleneck", x, *args)
+    assert out[..., 0, 0].isnan().all() and out[..., 1:, :].isfinite().all()

@@ -1,0 +1,40 @@
+// The arguments of las_mm::sparse_bottleneck, see las_mm/ops/bottleneck.py, and their check.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace las_mm::cpu {
+
+constexpr int kTile = 16;  // values of a transformed 4x4 input of Winograd's F(2x2, 3x3)
+
+// All arguments after x.
+struct Arguments {
+  std::optional<at::Tensor> mask;
+  std::vector<at::Tensor> weights, biases;
+  std::optional<at::Tensor> winograd, shortcut;
+  int64_t granularity;
+  std::vector<int64_t> strides;
+  int64_t dilation, groups;
+  double winograd_cost;
+  std::optional<std::vector<at::Tensor>> dense;
+  double dense_above;
+};
+
+struct Shape {
+  int64_t images, c_in, height, width;  // of x
+  int64_t hidden_height, hidden_width;  // of conv1's output
+  int64_t out_height, out_width;
+  int64_t hidden, c_out;
+  bool downsample;
+};
+
+// Throws ValueError, naming the argument, if something does not fit.
+Shape check(const at::Tensor& x, const Arguments& a);
+
+// The kernels read weights and biases as plain arrays.
+void make_contiguous(Arguments& a);
+
+}  // namespace las_mm::cpu
