@@ -641,25 +641,18 @@ def test_nan_in_a_weight_reaches_every_kept_output(implementation, dtype, which,
     mask = torch.zeros(1, 1, 6, 6)
     mask[..., 2:4, 1:3] = 1
     args = (mask, packed, biases, tiles, None, 1, (1, 1), 1, 1, 0.0)
-    out = cases.implementation_of(implementation)(
-        "sparse_bottleneck", torch.rand(1, 8, 6, 6).to(dtype), *args
-    )
+    out = call("sparse_bottleneck", torch.rand(1, 8, 6, 6).to(dtype), *args)
     assert out[..., 2:4, 1:3].isnan().all()
     assert out.isnan().all() == (which == 3)  # the shortcut is computed everywhere
 
 
 @cases.implementations("conv_pool_stem")
 def test_nan_in_an_image_passes_the_stem(implementation):
+    call = cases.implementation_of(implementation)
     x = torch.randn(1, 3, 40, 40)
     x[..., 10:30, 10:30] = math.nan
-    packed = ops.pack_stem(torch.randn(8, 3, 7, 7))
-    assert (
-        cases.implementation_of(implementation)("conv_pool_stem", x, packed, torch.zeros(8))[
-            ..., 4:7, 4:7
-        ]
-        .isnan()
-        .all()
-    )
+    out = call("conv_pool_stem", x, ops.pack_stem(torch.randn(8, 3, 7, 7)), torch.zeros(8))
+    assert out[..., 4:7, 4:7].isnan().all()
 
 
 @cases.implementations("sparse_bottleneck")
