@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from las_mm.memory import release_freed
 from las_mm.preflight import UserError
 
 KINDS = ("static", "ours", "reference")
@@ -153,11 +153,11 @@ def peak_memory(contestant: Contestant) -> float:
     On Linux the peak of what was done before, such as building networks, is forgotten first.
     """
     gc.collect()
+    release_freed()
     status = Path("/proc/self/status")
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
         Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError, TypeError):  # not Linux
+    except OSError:  # not Linux
         status = Path(os.devnull)
     for _ in range(2):
         contestant.prepare()

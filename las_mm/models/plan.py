@@ -25,6 +25,7 @@ from torch import Tensor
 
 from las_mm import ops
 from las_mm.fileio import write_atomically
+from las_mm.memory import release_freed
 from las_mm.version import __version__
 
 _FORMAT = 1
@@ -266,6 +267,7 @@ class Plan:
                         logger="current",
                     )
                 timing = self._timings[kind.key] = measure(kind)
+                release_freed()
                 self._write()
             return self._choices.setdefault(kind, choose(kind, timing))
 

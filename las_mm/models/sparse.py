@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from las_mm import ops
+from las_mm import memory, ops
 from las_mm.models.activation import Activation, find_dynamic_backbones
 from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
 
@@ -141,6 +141,7 @@ class FastBottleneck:
         """
         folded = _fold_block(block)
         weights = [ops.pack_conv(weight, groups) for weight, _, groups in folded]
+        biases = [bias for _, bias, _ in folded]
         if weights[0].dtype not in _DTYPES:
             raise Unsupported(f"its weights are {weights[0].dtype}")
         conv2 = block.conv2
@@ -150,11 +151,13 @@ class FastBottleneck:
             winograd = ops.pack_winograd(folded[1][0])
             if block.mode != "spatial" or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
+        del folded
+        memory.release_freed()
         masker = block.masker
         pools = [] if block.downsample is None else list(block.downsample)[:-2]
         return cls(
             weights=weights,
-            biases=[bias for _, bias, _ in folded],
+            biases=biases,
             winograd=winograd,
             dense=None,
             pool=nn.Sequential(*pools) if pools else None,
