@@ -12,13 +12,17 @@ DEMO_CONFIG := configs/mask_rcnn_lasnet_r101_demo.py
 WHEELS ?= $(wildcard ../shared/wheels)
 NATIVE := $(wildcard ops/*.cpp ops/*/*.cpp ops/*/*.h ops/*/*.cu ops/*/*.cuh)
 FAST := -m "not slow"
+GPU_TESTS := tests/ops/test_cuda_device.py
+# A few drawn cases; torch's own memory pool would hide accesses beside a tensor.
+GPU_SANITIZE := LAS_MM_HYPOTHESIS_SCALE=0.02 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help setup benchmark test test-slow sanitize lint demo clean distclean
+.PHONY: help setup benchmark test test-slow test-gpu sanitize lint demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
 	@echo "make test       lint, type check and tests that take seconds"
 	@echo "make test-slow  also the tests that train for minutes"
+	@echo "make test-gpu   build the CUDA kernels and compare them with the CPU; needs a GPU"
 	@echo "make sanitize   tests of the ops under AddressSanitizer and UBSan (GCC, 3 minutes to build)"
 	@echo "make benchmark  every measurement of docs/performance.md: about 40 minutes, on an idle machine"
 	@echo "make setup      only the environment in .venv"
@@ -75,6 +79,19 @@ test: lint
 
 test-slow: lint
 	$(BIN)/python -m pytest
+
+# FORCE_CUDA names the missing compiler; without it a build would quietly be for the CPU only.
+test-gpu: setup
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"test-gpu: needs an NVIDIA GPU and its driver; torch {torch.__version__} (CUDA {torch.version.cuda}) sees none")'
+	FORCE_CUDA=1 $(BIN)/pip install --quiet --no-build-isolation -e .
+	$(BIN)/python -m pytest $(GPU_TESTS)
+	@if command -v compute-sanitizer; then \
+	  set -x; \
+	  $(GPU_SANITIZE) --tool memcheck $(BIN)/python -m pytest $(GPU_TESTS) -k "not graph"; \
+	  $(GPU_SANITIZE) --tool racecheck $(BIN)/python -m pytest $(GPU_TESTS) -k "not graph"; \
+	else \
+	  echo "test-gpu: compute-sanitizer is not on the PATH; memory accesses were not checked"; \
+	fi
 
 sanitize: setup
 	PYTHON=$(CURDIR)/$(BIN)/python tests/ops/sanitize.sh

@@ -85,10 +85,11 @@ def native_extension():
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is serial without
+    common = sorted(glob("ops/common/*.cpp") + glob("ops/cpu/*.cpp"))
     optimize = "/O2" if sys.platform == "win32" else "-O3"
     extension = (CUDAExtension if cuda else CppExtension)(
         name="las_mm._C",
-        sources=["ops/library.cpp", *sorted(glob("ops/cpu/*.cpp")), *cuda],
+        sources=["ops/library.cpp", *common, *cuda],
         depends=sorted(glob("ops/*/*.h") + glob("ops/*/*.cuh")),
         include_dirs=[str(ROOT / "ops")],
         extra_compile_args={"cxx": [optimize, *openmp], "nvcc": ["-O3"]},

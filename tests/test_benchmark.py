@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 from las_mm import preflight
-from las_mm.benchmark import contest, engines, masks, report
+from las_mm.benchmark import contest, cuda_engines, engines, masks, report
 from las_mm.benchmark.contest import Contestant
 from las_mm.benchmark.subject import fold_batchnorm, randomize
 from las_mm.models import LASResNet, collect_activations
@@ -206,6 +208,30 @@ def test_everybody_takes_turns(monkeypatch):
     assert all(len(c.rounds) == 2 and c.fastest <= c.median for c in pair)
 
 
+def test_the_timer_times_and_nothing_else_does(monkeypatch):
+    monkeypatch.setattr(contest, "PAUSE", 0.0)
+    seconds = iter([9.0, 0.3, 9.0, 0.1, 0.25])  # the first of short calls does not count
+    monkeypatch.setattr(contest, "SHORT", 10.0)
+    done = []
+
+    @contextlib.contextmanager
+    def inside():
+        done.append("enter")
+        yield
+        done.append("leave")
+
+    def timer(run):
+        run()
+        return next(seconds)
+
+    contestant = Contestant("a", "static", lambda: done.append("run"), inside=inside)
+    contestant.prepare = lambda: done.append("prepare")
+    contest.time_contestants([contestant], rounds=2, warmup=0, timer=timer)
+    turn = ["prepare", "enter", "run", "run", "leave"]
+    assert done == [*turn, *turn[:-1], "run", "leave"]
+    assert contestant.rounds == [0.3, pytest.approx(0.175)] and contestant.fastest == 0.1
+
+
 # the tool ----------------------------------------------------------------------------------------
 
 
@@ -327,12 +353,81 @@ def test_engines_that_cannot_run_are_named(benchmark, refusal, monkeypatch):
         (("--plot", "x.txt"), ("--rate", 0.5), "x.txt"),
         (("--images", "x"), ("--rate", 0.5), "--images"),
         (("--whole-model", "--dtype", "bf16"), ("--rate", 0.5), "bf16"),
+        (("--whole-model", "--device", "cuda", "--engines"), ("--rate", 0.5), "on cuda"),
+        (("--dtype", "fp16"), ("--rate", 0.5), "fp16"),
+        (("--engines", "graph"), ("--rate", 0.5), "graph"),
+        (("--device", "cuda", "--engines", "winograd"), ("--rate", 0.5), "compile-max-tf32"),
     ],
     ids=str,
 )
 def test_refusals_before_any_work(refusal, tool, monkeypatch, arguments, rate, words):
     monkeypatch.setattr(tool, "benchmark", lambda *args: pytest.fail("work has begun"))
     assert words in refusal(*arguments, rate=rate)
+
+
+@pytest.fixture
+def fake_gpu(tool, monkeypatch):
+    """``--device cuda`` whose engines run on the CPU; ``fake_gpu(**builders)`` replaces some."""
+
+    def fake(**builders) -> None:
+        described = dict(type="cuda", name="NVIDIA A100-SXM4-80GB", capability="8.0")
+        absent = cuda_engines.cpu_only("not in tests")
+        compilers = dict.fromkeys(cuda_engines.CUDA.aliases["compilers"], absent)
+        known = replace(
+            cuda_engines.CUDA,
+            device="cpu",
+            builders={**cuda_engines.CUDA.builders, **compilers, **builders},
+            timer=contest.wall_time,
+            describe=lambda: described,
+            check=lambda dtype: None,
+        )
+        monkeypatch.setitem(tool.ENGINES, "cuda", known)
+
+    monkeypatch.setattr(cuda_engines, "Replay", lambda run: run)
+    fake()
+    return fake
+
+
+def test_result_of_a_gpu(benchmark, fake_gpu, capsys):
+    result = benchmark("--device", "cuda", "--engines", rate=("--rate", 0.5, 0.0))
+    pairs = ["eager-nchw", "eager-nhwc", "graph", "las_mm-static", "las_mm", "las_mm-graph"]
+    names = [name + suffix for name in pairs for suffix in ("", "-tf32")]
+    names.insert(names.index("las_mm-static"), "masked-dense")
+    rows = {row["engine"]: row for row in result["rows"]}
+    assert sorted(rows) == sorted(names)
+    skipped = {entry["engine"]: entry["reason"] for entry in result["skipped"]}
+    assert set(skipped) == {*cuda_engines.CUDA.aliases["compilers"], "onnxruntime", "openvino"}
+    assert "CPU" in skipped["onnxruntime"]
+    cpu = benchmark()
+    assert result.keys() - cpu.keys() == {"roofline"} and cpu["device"]["type"] == "cpu"
+    assert result["device"]["name"] == "NVIDIA A100-SXM4-80GB"
+    assert rows["las_mm-static-tf32"]["gflops_per_s"] > 0
+    floors = result["roofline"]["sweep"][0]["floor_ms"]
+    assert set(floors["fp32"]) == {"V100", "A100", "H100", "TX2"}
+    assert rows["las_mm-graph-tf32"]["floor_ms"] == floors["tf32"]["A100"]
+    for i, point in enumerate(result["sweep"]):  # the fastest of las_mm's forms
+        assert point["dynamic"]["engine"] in cuda_engines.CUDA.dynamic
+        ours = [rows[name]["median_ms"] for name in cuda_engines.CUDA.dynamic]
+        assert i or point["dynamic"]["median_ms"] == min(ours)
+    printed = capsys.readouterr().out
+    assert "floor ms (A100)" in printed and "roofline floor, rate 0.500, fp32, ms: V100" in printed
+
+
+def test_forms_that_cannot_run_on_a_gpu(benchmark, refusal, fake_gpu, monkeypatch):
+    def fails(run):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(cuda_engines, "Replay", fails)
+    arguments = ("--device", "cuda", "--dtype", "bf16")
+    result = benchmark(*arguments, "--engines", rate=("--rate", 0.5, 0.0))
+    assert not [row for row in result["rows"] if "-tf32" in row["engine"]]
+    reasons = [s["reason"] for s in result["skipped"] if s["engine"] == "las_mm-graph"]
+    assert reasons == ["RuntimeError: operation not permitted when stream is capturing"]
+    message = refusal(*arguments, "--engines", "eager", "las_mm-graph")
+    assert "engine las_mm-graph cannot run" in message
+    assert "TF32 is a form of fp32" in refusal(*arguments, "--engines", "eager-nhwc-tf32")
+    fake_gpu(las_mm=_wrong(cuda_engines.BUILDERS["las_mm"]))
+    assert "las_mm computes something else" in refusal(*arguments, "--engines", "eager")
 
 
 def test_refusals_of_the_config(refusal, config):

@@ -5,7 +5,8 @@ python tools/benchmark.py configs/mask_rcnn_lasnet_r101.py --shape 1 3 800 1216 
     --masks blob --json benchmark.json
 
 All engines have the same weights, input and threads and run in turns in one process. What they
-compute is compared before anything is timed.
+compute is compared before anything is timed. --device cuda runs the engines of a GPU instead of
+those of the CPU.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from las_mm.benchmark import contest, engines, masks, report
+from las_mm.benchmark import contest, cuda_engines, engines, masks, report, roofline
 from las_mm.benchmark.subject import DTYPES, Candidate, Subject, load_candidate, make_subject
 from las_mm.benchmark.whole_model import build_whole
 from las_mm.fileio import write_atomically
 from las_mm.models.flops import count_macs
 from las_mm.preflight import UserError
 
-ALIASES = {"eager": ("eager-nchw", "eager-nhwc")}
+ENGINES = {"cpu": engines.CPU, "cuda": cuda_engines.CUDA}
+
+
+def known_engines(known: engines.EngineSet) -> str:
+    """What ``--engines`` may be on one kind of device."""
+    return ", ".join([*known.aliases, *known.builders])
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(prog="benchmark.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    known = ", ".join([*ALIASES, *engines.BUILDERS])
+    known = "; ".join(f"on {device}: {known_engines(e)}" for device, e in ENGINES.items())
     add = parser.add_argument
     add("config", help="a config with a dynamic backbone")
     add("--checkpoint", help="weights; without, they are random")
@@ -57,8 +63,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--masks", choices=masks.KINDS, default="blob", help="'model': its own, on --images")
     add("--granularity", type=int, nargs="+", help="patch side S per stage instead of the config's")
     add("--mode", choices=("spatial", "layer"), help="of all stages")
-    add("--dtype", choices=tuple(DTYPES), default="fp32")
-    add("--engines", nargs="*", help=f"of {known}; default: all; las_mm always runs")
+    add("--device", choices=tuple(ENGINES), default="cpu", help="where the engines run")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="fp16 on cuda only")
+    add("--engines", nargs="*", help=f"default: all; las_mm always runs; {known}")
     add("--threads", type=int, help="default: the physical cores that this process may use")
     add("--rounds", type=int, default=9, help="timed rounds")
     add("--warmup", type=int, default=2, help="untimed rounds before them")
@@ -72,6 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--memory-child", help=argparse.SUPPRESS)  # the engine whose memory to measure
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
+    args.known = ENGINES[args.device]
     return args
 
 
@@ -105,6 +113,9 @@ def check_args(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     args.threads = args.threads or report.physical_cores()
+    if args.dtype not in args.known.dtypes:
+        known = ", ".join(args.known.dtypes)
+        raise UserError(f"--dtype on {args.device} must be one of {known}, got {args.dtype}")
     check_engines(args)
     if args.json.is_dir():
         raise UserError(f"--json {args.json} is a folder; name a file")
@@ -113,8 +124,11 @@ def check_args(args: argparse.Namespace) -> None:
             known = ", ".join(report.PLOT_SUFFIXES)
             raise UserError(f"--plot must end in one of {known}, got {args.plot}")
         report.require_matplotlib()
-    if args.whole_model and args.dtype != "fp32":
-        raise UserError(f"--whole-model needs --dtype fp32, got {args.dtype}")
+    if args.whole_model and (args.dtype, args.device) != ("fp32", "cpu"):
+        raise UserError(
+            f"--whole-model needs --dtype fp32 on --device cpu, got {args.dtype} on {args.device}"
+        )
+    args.known.check(args.dtype)
 
 
 def check_engines(args: argparse.Namespace) -> None:
@@ -123,17 +137,21 @@ def check_engines(args: argparse.Namespace) -> None:
     Raises:
         UserError: One is unknown, or there is no rival.
     """
-    asked = [e for name in args.engines or () for e in ALIASES.get(name, (name,))]
-    for name in asked:
-        if name not in engines.BUILDERS:
-            known = ", ".join([*ALIASES, *engines.BUILDERS])
-            raise UserError(f"--engines knows {known}, got {name!r}")
-    args.explicit = set(asked)
-    asked = {*asked, "las_mm"} if asked else set(engines.BUILDERS)
-    if not asked & set(engines.STATIC_ENGINES):
-        known = ", ".join(engines.STATIC_ENGINES)
-        raise UserError(f"--engines needs a static engine to compare with ({known})")
-    args.engines = [name for name in engines.BUILDERS if name in asked]
+    known, usual = args.known, args.known.names(args.dtype)
+    asked: set[str] = set()
+    for name in args.engines or ():
+        if name in known.aliases:
+            asked |= {member for member in known.aliases[name] if member in usual}
+        elif name in known.builders:
+            asked.add(name)
+        else:
+            raise UserError(f"--engines knows {known_engines(known)}, got {name!r}")
+    args.explicit = asked
+    asked = {*asked, known.dynamic[0]} if asked else set(usual)
+    if not asked & set(known.static):
+        rivals = ", ".join(known.static)
+        raise UserError(f"--engines needs a static engine to compare with ({rivals})")
+    args.engines = [name for name in known.builders if name in asked]
 
 
 def candidate_of(args: argparse.Namespace) -> Candidate:
@@ -161,26 +179,24 @@ def build_subject(args: argparse.Namespace, candidate: Candidate, work_dir: str)
     """All forms of the candidate's backbone, and the input."""
     x = make_input(args, candidate.cfg)
     backbone, config = candidate.backbone, candidate.backbone_cfg
-    return make_subject(backbone, config, x, args.dtype, args.threads, Path(work_dir))
+    work_dir = Path(work_dir)
+    return make_subject(backbone, config, x, args.dtype, args.threads, work_dir, args.known.device)
 
 
 def mask_setters(args: argparse.Namespace, backbone: nn.Module) -> list:
     """Per rate a function that sets the masks."""
     if args.masks == "model":
         return [partial(masks.release_masks, backbone)]
+    drawn = [masks.make_masks(backbone, args.shape, r, args.masks, args.seed) for r in args.rate]
     return [
-        partial(
-            masks.set_masks,
-            backbone,
-            masks.make_masks(backbone, args.shape, rate, args.masks, args.seed),
-        )
-        for rate in args.rate
+        partial(masks.set_offsets, backbone, masks.make_offsets(made, args.known.device))
+        for made in drawn
     ]
 
 
 def time_whole(args: argparse.Namespace, candidate: Candidate, subject, rows, setter, say) -> dict:
     """Time the whole model with its static and with its dynamic backbone."""
-    eager = [row for row in rows if row["engine"] in ALIASES["eager"]]
+    eager = [row for row in rows if row["engine"] in args.known.aliases["eager"]]
     nchw = eager and min(eager, key=lambda row: row["median_ms"])["engine"] == "eager-nchw"
     layout = torch.contiguous_format if nchw else torch.channels_last
     twin = engines.eager_twin(subject, layout)
@@ -218,48 +234,51 @@ def memory_child(args: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory() as work_dir:
         candidate = candidate_of(args)
         subject = build_subject(args, candidate, work_dir)
-        contestant = engines.BUILDERS[args.memory_child](subject)
+        contestant = args.known.builders[args.memory_child](subject)
         if args.memory_child == "las_mm":
             contestant.prepare = mask_setters(args, candidate.backbone)[0]
         del candidate, subject
-        return contest.peak_memory(contestant)
+        return args.known.peak_memory(contestant)
 
 
 def benchmark(args: argparse.Namespace, say) -> dict:
     """Everything between the arguments and the report."""
     say("building the model")
-    candidate = candidate_of(args)
+    candidate, known = candidate_of(args), args.known
     with tempfile.TemporaryDirectory() as work_dir:
         subject = build_subject(args, candidate, work_dir)
         setters = mask_setters(args, subject.dynamic)
-        dynamic, figures, reference = engines.enter_dynamic(subject, setters, say)
-        contestants, skipped = engines.enter_static(subject, args.engines, args.explicit, say)
+        asked = (args.engines, args.explicit)
+        dynamic = engines.enter_dynamic(subject, setters, say, *asked, known)
+        contestants, skipped = engines.enter_static(subject, *asked, say, known)
         if "masked-dense" in args.engines:
-            contestants.append(reference)
-        contest.time_contestants([*contestants, *dynamic], args.rounds, args.warmup, say)
+            contestants.append(dynamic.reference)
+        everybody = [*contestants, *dynamic.contestants]
+        contest.time_contestants(everybody, args.rounds, args.warmup, say, known.timer)
     shape = subject.dynamic.network_shape(tuple(args.shape[2:]))
     counts = count_macs(shape)
     macs = args.shape[0] * (counts.stem + counts.static_blocks.sum())
     best = report.best_static(contestants)
-    rates = args.rate or [figures[0][0]]
+    rates = args.rate or [dynamic.points[0].mean_rate]
     sweep = [
         dict(
-            report.compare(contestant, best, flops_ratio),
+            report.compare(point.fastest, best, point.flops_ratio),
             rate=rate,
-            activation_rate=measured,
-            rel_error=contestant.rel_error,
+            activation_rate=point.mean_rate,
+            rel_error=point.fastest.rel_error,
         )
-        for rate, (measured, flops_ratio), contestant in zip(rates, figures, dynamic)
+        for rate, point in zip(rates, dynamic.points)
     ]
     first = {
         key: sweep[0][key] for key in ("dynamic", "flops_ratio", "latency_ratio", "efficiency")
     }
     result = dict(
-        rows=report.make_rows([*contestants, dynamic[0]], macs),
+        rows=report.make_rows([*contestants, *dynamic.points[0].contestants], macs),
         best_static=dict(engine=best.engine, median_ms=1e3 * best.median),
         **first,
         sweep=sweep,
-        skipped=skipped,
+        skipped=[*skipped, *dynamic.skipped],
+        device=known.describe(),
         environment=report.environment(
             what=shape.name,
             config=args.config,
@@ -278,6 +297,9 @@ def benchmark(args: argparse.Namespace, say) -> dict:
             seed=args.seed,
         ),
     )
+    if args.device == "cuda":  # no floor of a CPU is known
+        activations = [point.activation for point in dynamic.points]
+        roofline.annotate(result, shape, activations)
     if args.whole_model:
         rows = result["rows"]
         result["whole_model"] = time_whole(args, candidate, subject, rows, setters[0], say)

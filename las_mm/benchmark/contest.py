@@ -10,9 +10,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from las_mm.memory import release_freed
@@ -22,6 +24,9 @@ KINDS = ("static", "ours", "reference")
 # Seconds: calls below SHORT are repeated until ENOUGH are timed; PAUSE lets the threads of the
 # engine before, which spin for a while, fall asleep.
 SHORT, ENOUGH, PAUSE, MOST_CALLS = 0.2, 0.3, 0.01, 100
+
+Timer = Callable[[Callable[[], object]], float]
+"""Calls what it is given once and returns the seconds that this took."""
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Contestant:
         run: One inference; its result may only be valid until the next.
         read: Turns the result of ``run`` into the network's outputs.
         prepare: Called untimed before its turn, e.g. to set masks.
+        inside: What its turn runs inside of, e.g. settings of a library; entered untimed.
         note: What a reader of the table should know.
         rel_error: Largest relative error of an output, see :func:`relative_error`.
         rounds: Seconds a call, the median of each timed round.
@@ -45,6 +51,7 @@ class Contestant:
     run: Callable[[], object]
     read: Callable[[object], Sequence[Tensor]] = list
     prepare: Callable[[], None] = lambda: None
+    inside: Callable[[], AbstractContextManager] = nullcontext
     note: str = ""
     rel_error: float | None = None
     rounds: list[float] = field(default_factory=list)
@@ -56,9 +63,11 @@ class Contestant:
         return statistics.median(self.rounds)
 
     def outputs(self) -> list[Tensor]:
-        """The network's outputs, float32, of one untimed run."""
+        """The network's outputs, float32 on the CPU, of one untimed run."""
         self.prepare()
-        return [output.detach().float().clone() for output in self.read(self.run())]
+        with self.inside():
+            outputs = self.read(self.run())
+            return [output.detach().to("cpu", torch.float32, copy=True) for output in outputs]
 
 
 def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -98,23 +107,25 @@ def check_contestant(
         )
 
 
-def _call(contestant: Contestant) -> float:
+def wall_time(run: Callable[[], object]) -> float:
+    """Seconds on the clock of the CPU: the :data:`Timer` of engines that return when done."""
     start = time.perf_counter()
-    contestant.run()
+    run()
     return time.perf_counter() - start
 
 
-def _turn(contestant: Contestant, timed: bool) -> None:
+def _turn(contestant: Contestant, timed: bool, timer: Timer) -> None:
     """One contestant's part of a round."""
     contestant.prepare()
     time.sleep(PAUSE)
-    first = _call(contestant)
-    if not timed:
-        return
-    # A short call is timed with warm caches and threads, a long one warms them itself.
-    calls = [first] if first >= SHORT else [_call(contestant)]
-    while sum(calls) < ENOUGH and len(calls) < MOST_CALLS:
-        calls.append(_call(contestant))
+    with contestant.inside():
+        first = timer(contestant.run)
+        if not timed:
+            return
+        # A short call is timed with warm caches and threads, a long one warms them itself.
+        calls = [first] if first >= SHORT else [timer(contestant.run)]
+        while sum(calls) < ENOUGH and len(calls) < MOST_CALLS:
+            calls.append(timer(contestant.run))
     contestant.rounds.append(statistics.median(calls))
     contestant.fastest = min(contestant.fastest, *calls)
 
@@ -124,6 +135,7 @@ def time_contestants(
     rounds: int,
     warmup: int,
     progress: Callable[[str], None] = lambda text: None,
+    timer: Timer = wall_time,
 ) -> None:
     """Let everybody run once a round, in turns, beginning with another one each time.
 
@@ -132,6 +144,7 @@ def time_contestants(
         rounds: Timed rounds.
         warmup: Untimed rounds before them.
         progress: Called with what is being done, once a turn.
+        timer: How long one call takes on the contestants' device.
     """
     collecting = gc.isenabled()
     gc.disable()  # a full collection takes longer than a short call
@@ -141,7 +154,7 @@ def time_contestants(
             for contestant in [*contestants[start:], *contestants[:start]]:
                 label = f"round {number + 1}/{rounds}" if number >= 0 else "warming up"
                 progress(f"{label}: {contestant.engine}")
-                _turn(contestant, timed=number >= 0)
+                _turn(contestant, number >= 0, timer)
     finally:
         if collecting:
             gc.enable()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from las_mm.latency.shapes import BlockShape
 from las_mm.preflight import UserError
 
 KINDS = ("blob", "random", "model")
@@ -67,14 +68,14 @@ def layer_masks(batch: int, blocks: int, rate: float, generator: torch.Generator
     return order < counts
 
 
-def make_masks(
-    backbone: nn.Module, input_shape: Sequence[int], rate: float, kind: str, seed: int = 0
+def draw_masks(
+    shapes: Sequence[BlockShape], batch: int, rate: float, kind: str, seed: int = 0
 ) -> list[Tensor | None]:
-    """Masks for all blocks of a backbone, the same for the same seed.
+    """Masks for all blocks of a network, the same for the same seed.
 
     Args:
-        backbone: A ``LASResNet``.
-        input_shape: (N, 3, H, W).
+        shapes: Its blocks.
+        batch: Number of images N.
         rate: Share that is computed.
         kind: ``'blob'`` or ``'random'``; layer blocks take no notice of it.
         seed: Of the masks.
@@ -82,9 +83,7 @@ def make_masks(
     Returns:
         Per block a bool mask, (N, 1, h, w) or (N, 1, 1, 1), or ``None`` for a static block.
     """
-    batch, _, *input_hw = input_shape
     generator = torch.Generator().manual_seed(seed)
-    shapes = backbone.network_shape(tuple(input_hw)).blocks
     n_layer = sum(shape.mode == "layer" for shape in shapes)
     decisions = iter(layer_masks(batch, n_layer, rate, generator) if n_layer else ())
     masks: list[Tensor | None] = []
@@ -99,19 +98,37 @@ def make_masks(
     return masks
 
 
-def set_masks(backbone: nn.Module, masks: Sequence[Tensor | None]) -> None:
-    """Force these decisions; the maskers still compute (and cost) their logits."""
-    for block, mask in zip(backbone.blocks(), masks):
-        if mask is not None:
-            forced = torch.full(mask.shape, float("-inf"))
-            block.masker.offset = forced.masked_fill_(mask, float("inf"))
+def make_masks(
+    backbone: nn.Module, input_shape: Sequence[int], rate: float, kind: str, seed: int = 0
+) -> list[Tensor | None]:
+    """:func:`draw_masks` for the blocks of a ``LASResNet`` and an input (N, 3, H, W)."""
+    batch, _, *input_hw = input_shape
+    return draw_masks(backbone.network_shape(tuple(input_hw)).blocks, batch, rate, kind, seed)
+
+
+def make_offsets(
+    masks: Sequence[Tensor | None], device: torch.device | str = "cpu"
+) -> list[Tensor | None]:
+    """What forces the maskers of :func:`set_offsets` to these decisions, on ``device``."""
+    return [None if m is None else torch.where(m, torch.inf, -torch.inf).to(device) for m in masks]
+
+
+def set_offsets(backbone: nn.Module, offsets: Sequence[Tensor | None]) -> None:
+    """Force these decisions; the maskers still compute (and cost) their logits.
+
+    A CUDA graph that was captured meanwhile reads these very tensors: keep them as long.
+    """
+    for block, offset in zip(backbone.blocks(), offsets):
+        if offset is not None:
+            block.masker.offset = offset
 
 
 def force_masks(
     backbone: nn.Module, input_shape: Sequence[int], rate: float, kind: str, seed: int = 0
 ) -> None:
-    """:func:`make_masks` and :func:`set_masks` in one."""
-    set_masks(backbone, make_masks(backbone, input_shape, rate, kind, seed))
+    """:func:`make_masks`, :func:`make_offsets` and :func:`set_offsets` in one."""
+    device = next(backbone.parameters()).device
+    set_offsets(backbone, make_offsets(make_masks(backbone, input_shape, rate, kind, seed), device))
 
 
 def release_masks(backbone: nn.Module) -> None:

@@ -39,7 +39,8 @@ def physical_cores() -> int:
     return len(cores)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model of the processor."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else ():
         if line.startswith("model name"):
@@ -57,7 +58,7 @@ def _version(package: str) -> str | None:
 def environment(**settings: object) -> dict:
     """Machine, versions and date, with the benchmark's own settings."""
     return dict(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         instruction_set=torch.backends.cpu.get_cpu_capability(),
         platform=platform.platform(),
         python=platform.python_version(),
@@ -110,7 +111,7 @@ def make_rows(contestants: Sequence[Contestant], static_macs: float) -> list[dic
     best = best_static(contestants).median
     rows = []
     for contestant in contestants:
-        dense = contestant.kind == "static" or contestant.engine == "las_mm-static"
+        dense = contestant.kind == "static" or contestant.engine.startswith("las_mm-static")
         rate = 2e-9 * static_macs / contestant.median if dense else None
         rows.append(
             dict(
@@ -125,18 +126,30 @@ def make_rows(contestants: Sequence[Contestant], static_macs: float) -> list[dic
     return rows
 
 
+def _machine(result: dict) -> str:
+    """Where the engines ran, for a title."""
+    device = result["device"]
+    if device["type"] == "cpu":
+        return f"{result['environment']['threads']} threads"
+    return device["name"]
+
+
 def make_table(result: dict) -> Table:
     """The rows of a result and the engines that did not run, for a terminal."""
     env = result["environment"]
     shape = " x ".join(map(str, env["shape"]))
-    table = Table(title=f"{env['what']}, {shape}, {env['dtype']}, {env['threads']} threads")
+    table = Table(title=f"{env['what']}, {shape}, {env['dtype']}, {_machine(result)}")
     for column in ("engine", "kind"):
         table.add_column(column, no_wrap=True)
     for column in ("median ms", "min ms", "to best static", "GFLOP/s", "rel. error"):
         table.add_column(column, justify="right", no_wrap=True)
+    floor = result.get("roofline", {}).get("gpu")
+    if floor:
+        table.add_column(f"floor ms ({floor})", justify="right", no_wrap=True)
     table.add_column("note")
     for row in result["rows"]:
         error, speed = row["rel_error"], row["gflops_per_s"]
+        floors = [_milliseconds(row["floor_ms"])] if floor else []
         table.add_row(
             row["engine"],
             row["kind"],
@@ -145,11 +158,24 @@ def make_table(result: dict) -> Table:
             f"{row['ratio']:.3f}",
             "" if speed is None else f"{speed:.0f}",
             "" if error is None else f"{error:.1e}",
+            *floors,
             row["note"],
         )
     for entry in result["skipped"]:
-        table.add_row(entry["engine"], "skipped", "", "", "", "", "", entry["reason"])
+        blanks = [""] * (6 if floor else 5)
+        table.add_row(entry["engine"], "skipped", *blanks, entry["reason"])
     return table
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _floors(what: str, count: dict) -> str:
+    """The floors of one network on all GPUs, in the benchmark's own precision."""
+    (precision, floors), *_ = count["floor_ms"].items()
+    known = ", ".join(f"{gpu} {ms:.2f}" for gpu, ms in floors.items() if ms is not None)
+    return f"roofline floor, {what}, {precision}, ms: {known}"
 
 
 def summary(result: dict) -> list[str]:
@@ -162,6 +188,10 @@ def summary(result: dict) -> list[str]:
             f"FLOPs ratio {point['flops_ratio']:.3f}, latency ratio {point['latency_ratio']:.3f}, "
             f"efficiency {point['efficiency']:.3f}"
         )
+    if "roofline" in result:
+        lines.append(_floors("static", result["roofline"]["static"]))
+        for count in result["roofline"]["sweep"]:
+            lines.append(_floors(f"rate {count['rate']:.3f}", count))
     if "whole_model" in result:
         whole = result["whole_model"]
         lines.append(
@@ -200,7 +230,8 @@ def draw(result: dict, path: Path) -> None:
     left.set_ylabel("latency, dynamic / best static")
     shape = " x ".join(map(str, env["shape"]))
     figure.suptitle(
-        f"{env['what']}, {shape}, {env['dtype']}, {env['threads']} threads, {env['cpu']}"
+        f"{env['what']}, {shape}, {env['dtype']}, {_machine(result)}"
+        + (f", {env['cpu']}" if result["device"]["type"] == "cpu" else "")
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

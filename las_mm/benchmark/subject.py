@@ -20,7 +20,7 @@ from las_mm.models.activation import find_dynamic_backbones
 from las_mm.preflight import UserError
 from las_mm.registry import MODELS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FOLDING_TOLERANCE = 1e-4
 
 
@@ -105,14 +105,15 @@ class Subject:
     """The network of a benchmark in all its forms, and its input.
 
     Attributes:
-        dynamic: The dynamic backbone, in ``dtype``.
-        static: The same weights as a static ``LASResNet``, in ``dtype``.
-        twin: The same weights as mmpretrain's ``ResNet`` with folded norms, float32.
+        dynamic: The dynamic backbone, in ``dtype`` on ``device``.
+        static: The same weights as a static ``LASResNet``, in ``dtype`` on ``device``.
+        twin: The same weights as mmpretrain's ``ResNet`` with folded norms, float32 on the CPU.
         expected: The outputs of ``twin``.
-        x: The input, float32, (N, 3, H, W).
-        dtype: ``'fp32'`` or ``'bf16'``.
+        x: The input, float32 on the CPU, (N, 3, H, W).
+        dtype: A key of :data:`DTYPES`.
         threads: Threads that every engine uses.
         work_dir: An existing folder for files of the engines.
+        device: Where the engines run, ``'cpu'`` or ``'cuda'``.
     """
 
     dynamic: nn.Module
@@ -123,11 +124,12 @@ class Subject:
     dtype: str
     threads: int
     work_dir: Path
+    device: str = "cpu"
 
     @property
     def cast_x(self) -> Tensor:
-        """The input in the benchmark's dtype."""
-        return self.x.to(DTYPES[self.dtype])
+        """The input in the benchmark's dtype, on its device."""
+        return self.x.to(self.device, DTYPES[self.dtype])
 
 
 def randomize(backbone: nn.Module, seed: int = 0) -> None:
@@ -168,14 +170,20 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def make_subject(
-    dynamic: nn.Module, config: ConfigDict, x: Tensor, dtype: str, threads: int, work_dir: Path
+    dynamic: nn.Module,
+    config: ConfigDict,
+    x: Tensor,
+    dtype: str,
+    threads: int,
+    work_dir: Path,
+    device: str = "cpu",
 ) -> Subject:
     """Build the static forms of a dynamic backbone from its own weights.
 
     Args:
-        dynamic: The backbone, a ``LASResNet``; it is cast to ``dtype``.
+        dynamic: The backbone, a ``LASResNet`` on the CPU; it is moved to ``device`` and ``dtype``.
         config: What it was built from.
-        x, dtype, threads, work_dir: See :class:`Subject`.
+        x, dtype, threads, work_dir, device: See :class:`Subject`.
 
     Raises:
         UserError: Folding the norms changes the outputs, or they are not finite.
@@ -203,6 +211,6 @@ def make_subject(
             f"folding the norms of {type(dynamic).__name__} changes its outputs: relative error "
             f"{error:.3g}, allowed are {FOLDING_TOLERANCE:g}"
         )
-    dynamic.to(DTYPES[dtype])
-    static.to(DTYPES[dtype])
-    return Subject(dynamic, static, twin, expected, x, dtype, threads, work_dir)
+    dynamic.to(device, DTYPES[dtype])
+    static.to(device, DTYPES[dtype])
+    return Subject(dynamic, static, twin, expected, x, dtype, threads, work_dir, device)

@@ -49,8 +49,10 @@ inline void check_grid(const at::Tensor& mask, const PatchAxis& rows, const Patc
 inline void check_map(const at::Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, name,
                     " must have shape (N, C, H, W), got ", x.sizes());
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, name,
-                    " must be float32 or bfloat16, got ", x.scalar_type());
+  const at::ScalarType dtype = x.scalar_type();
+  const bool half = dtype == at::kHalf && x.is_cuda();  // CPUs have no arithmetic for it
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || half, name,
+                    " must be float32 or bfloat16 (on a GPU also float16), got ", dtype);
 }
 
 inline void check_channels(const at::Tensor& x, int64_t channels, const char* name) {

@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "common/checks.h"
+#include "common/arguments.h"
 #include "cpu/positions.h"
 #include "cpu/sparse_conv.h"
 
@@ -32,18 +32,7 @@ void conv3(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& we
 
 void conv1x1_scatter_add_(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& mask,
                           const at::Tensor& weight, const at::Tensor& bias, int64_t granularity) {
-  check_map(residual, "residual");
-  check_channels(residual, bias.numel(), "residual");
-  check_map(x, "x");
-  check_same(x, residual, "x");
-  TORCH_CHECK_VALUE(x.size(0) == residual.size(0) && x.size(2) == residual.size(2) &&
-                        x.size(3) == residual.size(3),
-                    "x must have the images and size of residual ", residual.sizes(), ", got ",
-                    x.sizes());
-  check_vector(bias, "bias", residual.size(1), at::kFloat, x);
-  check_packed(weight, "weight", bias.numel(), x.size(1), 1, 1, x);
-  check_mask_for(mask, "mask", x, x.size(2), x.size(3), granularity);
-  check_positions(x.size(0) * x.size(2) * x.size(3), "x");
+  check_conv1x1_scatter_add(residual, x, mask, weight, bias, granularity);
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor stream = residual.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor patches = decisions(mask);

@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "common/checks.h"
+#include "common/arguments.h"
 #include "cpu/positions.h"
 #include "cpu/sparse_conv.h"
 
@@ -56,17 +56,9 @@ void conv2(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor&
 at::Tensor gather_conv3x3(const at::Tensor& hidden, const at::Tensor& mask,
                           const at::Tensor& weight, const at::Tensor& bias, int64_t granularity,
                           int64_t stride, int64_t dilation, int64_t groups) {
-  check_map(hidden, "hidden");
-  check_stride(stride, "stride");
-  check_positive(dilation, "dilation");
-  const int64_t c_in = hidden.size(1), c_out = bias.numel();
-  check_groups(groups, c_in, c_out);
-  check_vector(bias, "bias", c_out, at::kFloat, hidden);
-  check_packed(weight, "weight", c_out, c_in / groups, 9, groups, hidden);
-  check_positive(granularity, "granularity");
+  check_gather_conv3x3(hidden, mask, weight, bias, granularity, stride, dilation, groups);
+  const int64_t c_out = bias.numel();
   const MaskGeometry g(hidden.size(2), hidden.size(3), stride, dilation, granularity);
-  check_mask_for(mask, "mask", hidden, g.rows.size, g.columns.size, granularity);
-  check_positions(hidden.size(0) * hidden.size(2) * hidden.size(3), "hidden");
   const at::Tensor input = hidden.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor patches = decisions(mask);
   Workspace& w = workspace();

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "common/checks.h"
+#include "common/arguments.h"
 #include "cpu/positions.h"
 #include "cpu/sparse_conv.h"
 #include "cpu/spatial_mask.h"
@@ -40,15 +40,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masker_conv1x1(
     const at::Tensor& x, const at::Tensor& masker_weight, const at::Tensor& masker_bias,
     const std::optional<at::Tensor>& offset, const at::Tensor& weight, const at::Tensor& bias,
     int64_t granularity, at::IntArrayRef strides, int64_t dilation) {
-  check_map(x, "x");
-  check_vector(bias, "bias", bias.numel(), at::kFloat, x);
-  check_packed(weight, "weight", bias.numel(), x.size(1), 1, 1, x);
+  check_masker_conv1x1(x, weight, bias);
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   auto [mask, rates] =
       decide(input, masker_weight, masker_bias, offset, granularity, strides, dilation, "masker_");
   const MaskGeometry g(ceil_div(x.size(2), strides[0]), ceil_div(x.size(3), strides[0]),
                        strides[1], dilation, granularity);
-  check_positions(x.size(0) * x.size(2) * x.size(3), "x");
   Workspace& w = workspace();
   Wanted wanted;
   wanted.halo = true;

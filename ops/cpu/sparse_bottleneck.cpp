@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "common/checks.h"
-#include "cpu/bottleneck_arguments.h"
+#include "common/bottleneck_arguments.h"
 #include "cpu/positions.h"
 #include "cpu/sparse_conv.h"
 #include "cpu/workspace.h"

@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "common/checks.h"
+#include "common/arguments.h"
 #include "cpu/mask_geometry.h"
 #include "cpu/workspace.h"
 
@@ -75,28 +75,13 @@ std::tuple<at::Tensor, at::Tensor> decide(const at::Tensor& x, const at::Tensor&
                                           const std::optional<at::Tensor>& offset,
                                           int64_t granularity, at::IntArrayRef strides,
                                           int64_t dilation, const std::string& prefix) {
-  check_map(x, "x");
+  check_masker(x, weight, bias, offset, granularity, strides, dilation, prefix);
   const int64_t images = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
-  TORCH_CHECK_VALUE(weight.numel() == 2 * channels, prefix, "weight must have shape [2, ",
-                    channels, ", 1, 1], got ", weight.sizes());
-  check_vector(weight.reshape(-1), prefix + "weight", 2 * channels, x.scalar_type(), x);
-  check_vector(bias, prefix + "bias", 2, x.scalar_type(), x);
-  check_positive(granularity, "granularity");
-  check_strides(strides, dilation);
   const MaskGeometry g(ceil_div(height, strides[0]), ceil_div(width, strides[0]), strides[1],
                        dilation, granularity);
   const int64_t rows = g.rows.patches(), columns = g.columns.patches();
   at::Tensor forced;
   if (offset) {
-    TORCH_CHECK_VALUE(offset->dim() == 4 && (offset->size(0) == 1 || offset->size(0) == images) &&
-                          offset->size(1) == 1 && offset->size(2) == rows &&
-                          offset->size(3) == columns,
-                      "offset must have shape (1 or ", images, ", 1, ", rows, ", ", columns,
-                      "), got ", offset->sizes());
-    TORCH_CHECK_VALUE(offset->scalar_type() == at::kFloat, "offset must be float32, got ",
-                      offset->scalar_type());
-    TORCH_CHECK_VALUE(offset->device() == x.device(), "offset must be on ", x.device(), ", got ",
-                      offset->device());
     forced = offset->expand({images, 1, rows, columns}).contiguous();
   }
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);

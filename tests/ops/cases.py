@@ -112,6 +112,7 @@ def for_all(strategy, examples: int, *names: str):
             every()
 
         test.__name__, test.__doc__ = check.__name__, check.__doc__
+        test.check, test.strategy = check, strategy  # for other implementations
         return test
 
     return decorate

@@ -1,10 +1,10 @@
-#include "cpu/bottleneck_arguments.h"
+#include "common/bottleneck_arguments.h"
 
 #include <string>
 
 #include "common/checks.h"
 
-namespace las_mm::cpu {
+namespace las_mm {
 namespace {
 
 void check_dense(const at::Tensor& x, const std::vector<at::Tensor>& dense, const Arguments& a,
@@ -93,4 +93,4 @@ void make_contiguous(Arguments& a) {
   if (a.winograd) a.winograd = a.winograd->contiguous();
 }
 
-}  // namespace las_mm::cpu
+}  // namespace las_mm

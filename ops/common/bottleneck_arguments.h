@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-namespace las_mm::cpu {
+namespace las_mm {
 
 constexpr int kTile = 16;  // values of a transformed 4x4 input of Winograd's F(2x2, 3x3)
 
@@ -37,4 +37,4 @@ Shape check(const at::Tensor& x, const Arguments& a);
 // The kernels read weights and biases as plain arrays.
 void make_contiguous(Arguments& a);
 
-}  // namespace las_mm::cpu
+}  // namespace las_mm

@@ -1,0 +1,73 @@
+#include "common/arguments.h"
+
+#include "common/checks.h"
+
+namespace las_mm {
+
+void check_masker(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                  const std::optional<at::Tensor>& offset, int64_t granularity,
+                  at::IntArrayRef strides, int64_t dilation, const std::string& prefix) {
+  check_map(x, "x");
+  const int64_t images = x.size(0), channels = x.size(1);
+  TORCH_CHECK_VALUE(weight.numel() == 2 * channels, prefix, "weight must have shape [2, ",
+                    channels, ", 1, 1], got ", weight.sizes());
+  check_vector(weight.reshape(-1), prefix + "weight", 2 * channels, x.scalar_type(), x);
+  check_vector(bias, prefix + "bias", 2, x.scalar_type(), x);
+  check_positive(granularity, "granularity");
+  check_strides(strides, dilation);
+  if (!offset) return;
+  const PatchAxis axis_rows{ceil_div(ceil_div(x.size(2), strides[0]), strides[1]), granularity};
+  const PatchAxis axis_columns{ceil_div(ceil_div(x.size(3), strides[0]), strides[1]), granularity};
+  const int64_t rows = axis_rows.patches(), columns = axis_columns.patches();
+  TORCH_CHECK_VALUE(offset->dim() == 4 && (offset->size(0) == 1 || offset->size(0) == images) &&
+                        offset->size(1) == 1 && offset->size(2) == rows &&
+                        offset->size(3) == columns,
+                    "offset must have shape (1 or ", images, ", 1, ", rows, ", ", columns,
+                    "), got ", offset->sizes());
+  TORCH_CHECK_VALUE(offset->scalar_type() == at::kFloat, "offset must be float32, got ",
+                    offset->scalar_type());
+  TORCH_CHECK_VALUE(offset->device() == x.device(), "offset must be on ", x.device(), ", got ",
+                    offset->device());
+}
+
+void check_masker_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  check_map(x, "x");
+  check_vector(bias, "bias", bias.numel(), at::kFloat, x);
+  check_packed(weight, "weight", bias.numel(), x.size(1), 1, 1, x);
+  check_positions(x.size(0) * x.size(2) * x.size(3), "x");
+}
+
+void check_gather_conv3x3(const at::Tensor& hidden, const at::Tensor& mask,
+                          const at::Tensor& weight, const at::Tensor& bias, int64_t granularity,
+                          int64_t stride, int64_t dilation, int64_t groups) {
+  check_map(hidden, "hidden");
+  check_stride(stride, "stride");
+  check_positive(dilation, "dilation");
+  const int64_t c_in = hidden.size(1), c_out = bias.numel();
+  check_groups(groups, c_in, c_out);
+  check_vector(bias, "bias", c_out, at::kFloat, hidden);
+  check_packed(weight, "weight", c_out, c_in / groups, 9, groups, hidden);
+  check_positive(granularity, "granularity");
+  check_mask_for(mask, "mask", hidden, ceil_div(hidden.size(2), stride),
+                 ceil_div(hidden.size(3), stride), granularity);
+  check_positions(hidden.size(0) * hidden.size(2) * hidden.size(3), "hidden");
+}
+
+void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
+                               const at::Tensor& mask, const at::Tensor& weight,
+                               const at::Tensor& bias, int64_t granularity) {
+  check_map(residual, "residual");
+  check_channels(residual, bias.numel(), "residual");
+  check_map(x, "x");
+  check_same(x, residual, "x");
+  TORCH_CHECK_VALUE(x.size(0) == residual.size(0) && x.size(2) == residual.size(2) &&
+                        x.size(3) == residual.size(3),
+                    "x must have the images and size of residual ", residual.sizes(), ", got ",
+                    x.sizes());
+  check_vector(bias, "bias", residual.size(1), at::kFloat, x);
+  check_packed(weight, "weight", bias.numel(), x.size(1), 1, 1, x);
+  check_mask_for(mask, "mask", x, x.size(2), x.size(3), granularity);
+  check_positions(x.size(0) * x.size(2) * x.size(3), "x");
+}
+
+}  // namespace las_mm

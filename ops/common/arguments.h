@@ -1,0 +1,28 @@
+// The arguments of the smaller ops, see las_mm/ops/, and their checks for all native back ends. Each
+// throws ValueError, naming the argument, if something does not fit.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+
+namespace las_mm {
+
+// The masker of las_mm::spatial_mask; its weight and bias are called `prefix` + "weight", "bias".
+void check_masker(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                  const std::optional<at::Tensor>& offset, int64_t granularity,
+                  at::IntArrayRef strides, int64_t dilation, const std::string& prefix);
+
+// Without those of the masker.
+void check_masker_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
+
+void check_gather_conv3x3(const at::Tensor& hidden, const at::Tensor& mask,
+                          const at::Tensor& weight, const at::Tensor& bias, int64_t granularity,
+                          int64_t stride, int64_t dilation, int64_t groups);
+
+void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
+                               const at::Tensor& mask, const at::Tensor& weight,
+                               const at::Tensor& bias, int64_t granularity);
+
+}  // namespace las_mm

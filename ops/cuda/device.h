@@ -1,0 +1,144 @@
+// The GPU as sequences.cuh wants it: PyTorch's current stream and caching allocator.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <optional>
+#include <vector>
+
+#include "cuda/platform.cuh"
+#include "cuda/sequences.cuh"
+
+namespace las_mm::cuda {
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    entry(const typename Kernel::Params params) {
+  Kernel::run(params);
+}
+
+class Device {
+ public:
+  // Of the current device; `like` lies there.
+  explicit Device(const at::Tensor& like)
+      : gpu(describe(like.get_device())),
+        index_(like.get_device()),
+        options_(like.options().memory_format(at::MemoryFormat::Contiguous)),
+        stream_(c10::cuda::getCurrentCUDAStream(like.get_device())) {}
+
+  const Gpu gpu;
+
+  // Memory goes back to PyTorch when the op returns: later work on this stream comes after.
+  template <class T>
+  Global<T> allocate(int64_t count, const char*) {
+    buffers_.push_back(
+        at::empty({count * static_cast<int64_t>(sizeof(T))}, options_.dtype(at::kByte)));
+    return {reinterpret_cast<T*>(buffers_.back().data_ptr())};
+  }
+
+  template <class T>
+  void zero(const Global<T>& memory, int64_t count) {
+    C10_CUDA_CHECK(cudaMemsetAsync(memory.data, 0, count * sizeof(T), stream_));
+  }
+
+  TileShape choose_tile(int64_t rows, int64_t columns, int64_t groups) const {
+    return cuda::choose_tile(gpu, rows, columns, groups);
+  }
+
+  template <class Kernel>
+  void launch(int64_t blocks, const typename Kernel::Params& params) {
+    if (blocks <= 0) return;
+    const int64_t most = static_cast<int64_t>(resident<Kernel>()) * gpu.multiprocessors;
+    entry<Kernel><<<static_cast<unsigned>(std::min(blocks, most)), Kernel::kThreads,
+                    Kernel::kSharedBytes, stream_>>>(params);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  static Gpu describe(int index) {
+    int major = 0, minor = 0, count = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index));
+    return {10 * major + minor, count, at::globalContext().allowTF32CuDNN()};
+  }
+
+  // Blocks that one multiprocessor of this GPU holds; asked for once per GPU.
+  template <class Kernel>
+  int resident() const {
+    static std::array<std::atomic<int>, kMaxGpus> known{};
+    std::atomic<int>& mine = known[index_];
+    if (mine == 0) {
+      constexpr int kDefaultLimit = 48 << 10;
+      if (Kernel::kSharedBytes > kDefaultLimit) {
+        C10_CUDA_CHECK(cudaFuncSetAttribute(
+            entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes));
+      }
+      int blocks = 0;
+      C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &blocks, entry<Kernel>, Kernel::kThreads, Kernel::kSharedBytes));
+      mine = std::max(blocks, 1);
+    }
+    return mine;
+  }
+
+  static constexpr int kMaxGpus = 64;  // as PyTorch's own limit
+  const int index_;
+  at::TensorOptions options_;
+  cudaStream_t stream_;
+  std::vector<at::Tensor> buffers_;
+};
+
+// Arguments of the ops as the kernels want them.
+
+template <typename T>
+Global<const T> input(const at::Tensor& x) {
+  return {static_cast<const T*>(x.const_data_ptr())};
+}
+template <typename T>
+Global<T> output(const at::Tensor& x) {
+  return {static_cast<T*>(x.mutable_data_ptr())};
+}
+template <typename T>
+Global<const T> optional_input(const std::optional<at::Tensor>& x) {
+  return x ? input<T>(*x) : Global<const T>{};
+}
+
+// Decision per patch, one byte each. Looking for NaN would mean waiting for the GPU: it drops.
+inline at::Tensor decisions(const at::Tensor& mask) {
+  return mask.scalar_type() == at::kBool ? mask.contiguous() : mask.gt(0.5).contiguous();
+}
+
+inline at::Tensor empty_map(const at::Tensor& like, at::IntArrayRef sizes) {
+  return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+// Calls `use` with a zero of the kernels' type.
+template <class Use>
+void with_type(at::ScalarType type, const Use& use) {
+  if (type == at::kFloat) {
+    use(float{});
+  } else if (type == at::kHalf) {
+    use(half{});
+  } else {
+    use(bf16{});
+  }
+}
+
+// Compiled in gemm_*.cu, once.
+#define LAS_MM_DECLARE_GEMM(T)                                               \
+  extern template void gemm<false, T, Device>(Device&, const GemmParams<T>&); \
+  extern template void gemm<true, T, Device>(Device&, const GemmParams<T>&)
+LAS_MM_DECLARE_GEMM(float);
+LAS_MM_DECLARE_GEMM(half);
+LAS_MM_DECLARE_GEMM(bf16);
+#undef LAS_MM_DECLARE_GEMM
+
+}  // namespace las_mm::cuda

@@ -1,0 +1,9 @@
+// The convolution kernels for half features; a file of their own, as they take long to compile.
+#include "cuda/device.h"
+
+namespace las_mm::cuda {
+
+template void gemm<false, half, Device>(Device&, const GemmParams<half>&);
+template void gemm<true, half, Device>(Device&, const GemmParams<half>&);
+
+}  // namespace las_mm::cuda

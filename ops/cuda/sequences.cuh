@@ -1,0 +1,285 @@
+// The kernels that each op launches, one after the other. Free of torch: `Device` allocates and
+// launches, on a GPU (device.h) or in the emulator of the tests:
+//
+//   Gpu gpu                                     what tiles are chosen for
+//   allocate<T>(count, name) -> Global<T>       uninitialised memory until the op ends
+//   zero(Global<T>, count)
+//   launch<Kernel>(blocks, params)              at most as many blocks as fit on the device at once
+#pragma once
+
+#include "cuda/platform.cuh"
+#include "cuda/positions.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/sparse_gemm.cuh"
+#include "cuda/spatial_mask.cuh"
+#include "cuda/tiles.cuh"
+
+namespace las_mm::cuda {
+
+// What DecidePatches needs beside the features.
+template <typename T>
+struct Masker {
+  Global<const T> weight;      // (2, channels)
+  Global<const T> bias;        // (2)
+  Global<const float> offset;  // absent, or (offset_images, rows, columns)
+  int offset_images;
+};
+
+// Lists of one mask, on the device. Without a mask all lists are absent and everything is kept.
+struct Lists {
+  Global<int32_t> kept, halo, dropped;
+  Global<int32_t> counts;
+
+  Global<const int32_t> count(int which) const {
+    Global<int32_t> one = counts;
+    if (one.data != nullptr) one.data += which;
+    return one;
+  }
+};
+
+// Whether rows of `channels` values, and parts of them, start at multiples of 16 bytes.
+template <typename T>
+bool fits_vectors(int64_t channels) {
+  return channels * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
+template <class Device>
+Lists list_positions(Device& device, const MaskGeometry& g, const Global<const uint8_t>& mask,
+                     bool halo, bool dropped) {
+  Lists lists;
+  lists.kept = device.template allocate<int32_t>(g.outputs(), "kept");
+  if (halo) lists.halo = device.template allocate<int32_t>(g.hidden(), "halo");
+  if (dropped) lists.dropped = device.template allocate<int32_t>(g.outputs(), "dropped");
+  lists.counts = device.template allocate<int32_t>(ListPositions::kCounts, "counts");
+  device.zero(lists.counts, ListPositions::kCounts);
+  const int64_t positions = g.outputs() + (halo ? g.hidden() : 0);
+  typename ListPositions::Params params{g,    mask,    lists.kept, lists.halo, lists.dropped,
+                                        lists.counts, halo, dropped};
+  device.template launch<ListPositions>(ceil_div(positions, ListPositions::kThreads) + 1, params);
+  return lists;
+}
+
+template <bool kScores = false, typename T, class Device>
+void gemm(Device& device, const GemmParams<T>& params) {
+  const TileShape shape =
+      device.choose_tile(params.positions, params.columns, params.groups);
+  with_tile<T, kScores>(shape, has_tensor_cores<T>(device.gpu), [&](auto tile) {
+    using Tile = decltype(tile);
+    const int64_t tiles = ceil_div(params.positions, Tile::kRows) * params.groups *
+                          ceil_div(params.columns, Tile::kColumns);
+    device.template launch<SparseGemm<Tile>>(tiles, params);
+  });
+}
+
+// A product of one source over listed rows of a (images, height, width) map.
+template <typename T>
+GemmParams<T> one_source(const Source<T>& source, int64_t images, int height, int width,
+                         int groups, int columns, const Global<const float>& bias,
+                         const Global<T>& out) {
+  GemmParams<T> p{};
+  p.sources[0] = source;
+  p.source_count = 1;
+  p.positions = images * height * width;
+  p.height = height;
+  p.width = width;
+  p.groups = groups;
+  p.columns = columns;
+  p.bias = bias;
+  p.out = out;
+  p.relu = true;
+  p.vectors = fits_vectors<T>(source.depth) && fits_vectors<T>(columns);
+  return p;
+}
+
+template <typename T>
+Source<T> pointwise(const Global<const T>& data, const Global<const T>& weight, int height,
+                    int width, int channels, int stride) {
+  return {data, weight, height, width, channels, channels, 1, stride, 1};
+}
+
+template <class Device, typename T>
+void decide(Device& device, const Masker<T>& masker, const Global<const float>& scores, int images,
+            int height, int width, int side, int rows, int columns, const Global<uint8_t>& mask,
+            const Global<int32_t>& counts) {
+  constexpr int64_t kLargePatch = 2048;
+  const int64_t patches = static_cast<int64_t>(images) * rows * columns;
+  const auto launch = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    typename Kernel::Params params{scores, masker.bias, masker.offset, mask,
+                                   counts, height,      width,         side,
+                                   images, rows,        columns,       masker.offset_images};
+    device.template launch<Kernel>(patches, params);
+  };
+  if (static_cast<int64_t>(side) * side > kLargePatch) {
+    launch(DecidePatches<T, 256>{});
+  } else {
+    launch(DecidePatches<T, 32>{});
+  }
+}
+
+// Counts kept outputs and read conv1 outputs of a mask, into `rates`.
+template <class Device>
+void mean_rates(Device& device, const MaskGeometry& g, const Global<const uint8_t>& mask,
+                const Global<int32_t>& counts, const Global<float>& rates) {
+  const int64_t positions = g.hidden() + g.outputs();
+  ListPositions::Params count{g, mask, {}, {}, {}, counts, true, false};
+  device.template launch<ListPositions>(ceil_div(positions, ListPositions::kThreads) + 1, count);
+  device.template launch<MeanRates>(1, MeanRates::Params{counts, rates, g.outputs(), g.hidden()});
+}
+
+// Side of a patch in positions of the block's input; one longer than the map is the whole map.
+inline int patch_side(const MaskGeometry& g, int first_stride, int height, int width) {
+  const int64_t side = static_cast<int64_t>(g.granularity) * first_stride * g.stride;
+  const int64_t most = height > width ? height : width;
+  return static_cast<int>(side < most ? side : most);
+}
+
+// las_mm::spatial_mask. `x` is (images, height, width, channels).
+template <class Device, typename T>
+void spatial_mask(Device& device, const MaskGeometry& g, const Masker<T>& masker,
+                  const Global<const T>& x, int height, int width, int channels, int first_stride,
+                  const Global<uint8_t>& mask, const Global<float>& rates) {
+  const int64_t positions = static_cast<int64_t>(g.images) * height * width;
+  const Global<float> scores = device.template allocate<float>(positions, "scores");
+  const Global<int32_t> counts = device.template allocate<int32_t>(2, "counts");
+  typename ScorePositions<T>::Params score{x,         masker.weight, scores,
+                                           positions, channels,      fits_vectors<T>(channels)};
+  device.template launch<ScorePositions<T>>(ceil_div(positions, ScorePositions<T>::kWarps), score);
+  decide(device, masker, Global<const float>(scores), g.images, height, width,
+         patch_side(g, first_stride, height, width), g.rows, g.columns, mask, counts);
+  mean_rates(device, g, mask, counts, rates);
+}
+
+// las_mm::masker_conv1x1: conv1 everywhere, with the scores as by-product of the pass over x, then
+// zeros where no kept output reads. (With a stride the masker sees positions that conv1 does not.)
+template <class Device, typename T>
+void masker_conv1x1(Device& device, const MaskGeometry& g, const Masker<T>& masker,
+                    const Global<const T>& x, int height, int width, int channels,
+                    int first_stride, const Global<const T>& weight,
+                    const Global<const float>& bias, int hidden_channels,
+                    const Global<uint8_t>& mask, const Global<float>& rates,
+                    const Global<T>& hidden) {
+  auto conv1 = one_source(pointwise(x, weight, height, width, channels, first_stride), g.images,
+                          g.height, g.width, 1, hidden_channels, bias, hidden);
+  if (first_stride != 1) {
+    spatial_mask(device, g, masker, x, height, width, channels, first_stride, mask, rates);
+    gemm(device, conv1);
+  } else {
+    const Global<int32_t> counts = device.template allocate<int32_t>(2, "counts");
+    conv1.scores = device.template allocate<float>(conv1.positions, "scores");
+    conv1.masker_weight = masker.weight;
+    gemm<true>(device, conv1);
+    decide(device, masker, Global<const float>(conv1.scores), g.images, height, width,
+           patch_side(g, 1, height, width), g.rows, g.columns, mask, counts);
+    mean_rates(device, g, mask, counts, rates);
+  }
+  typename ClearUnread<T>::Params clear{g, mask, hidden, hidden_channels,
+                                        fits_vectors<T>(hidden_channels)};
+  device.template launch<ClearUnread<T>>(ceil_div(g.hidden(), ClearUnread<T>::kWarps), clear);
+}
+
+// las_mm::gather_conv3x3; `out` is zero before.
+template <class Device, typename T>
+void gather_conv3x3(Device& device, const MaskGeometry& g, const Global<const uint8_t>& mask,
+                    const Global<const T>& hidden, const Global<const T>& weight,
+                    const Global<const float>& bias, int c_in, int c_out, int groups,
+                    const Global<T>& out) {
+  const Lists lists = list_positions(device, g, mask, false, false);
+  const Source<T> source{hidden, weight, g.height, g.width, c_in, c_in / groups, 9, g.stride,
+                         g.dilation};
+  auto p = one_source(source, g.images, g.out_height, g.out_width, groups, c_out / groups, bias,
+                      out);
+  p.list = lists.kept;
+  p.count = lists.count(ListPositions::kKept);
+  gemm(device, p);
+}
+
+// las_mm::conv1x1_scatter_add_
+template <class Device, typename T>
+void conv1x1_scatter_add(Device& device, const MaskGeometry& g, const Global<const uint8_t>& mask,
+                         const Global<T>& residual, const Global<const T>& x,
+                         const Global<const T>& weight, const Global<const float>& bias, int c_in,
+                         int c_out) {
+  const Lists lists = list_positions(device, g, mask, false, false);
+  auto p = one_source(pointwise(x, weight, g.out_height, g.out_width, c_in, 1), g.images,
+                      g.out_height, g.out_width, 1, c_out, bias, residual);
+  p.residual = residual;
+  p.list = lists.kept;
+  p.count = lists.count(ListPositions::kKept);
+  gemm(device, p);
+}
+
+template <typename T>
+struct Bottleneck {
+  MaskGeometry geometry;
+  Global<const uint8_t> mask;  // absent: everything is kept
+  Global<const T> x;           // (images, height, width, c_in)
+  int height, width, c_in, first_stride;
+  int hidden, c_out, groups;
+  Global<const T> weights[4];
+  Global<const float> biases[4];
+  bool downsample;
+  Global<const T> shortcut;  // absent, or (images, out_height, out_width, shortcut_channels)
+  int shortcut_channels;
+  Global<T> out;  // may be x: then dropped positions stay as they are
+};
+
+// las_mm::sparse_bottleneck and, where `out` is `x`, las_mm::sparse_bottleneck_.
+template <class Device, typename T>
+void sparse_bottleneck(Device& device, const Bottleneck<T>& b) {
+  const MaskGeometry& g = b.geometry;
+  const bool masked = b.mask.data != nullptr, in_place = b.out.data == b.x.data;
+  Lists lists;
+  if (masked) lists = list_positions(device, g, b.mask, true, !in_place);
+  const Global<T> hidden = device.template allocate<T>(g.hidden() * b.hidden, "hidden");
+  const Global<T> gathered = device.template allocate<T>(g.outputs() * b.hidden, "gathered");
+
+  auto conv1 = one_source(
+      pointwise(b.x, b.weights[0], b.height, b.width, b.c_in, b.first_stride), g.images, g.height,
+      g.width, 1, b.hidden, b.biases[0], hidden);
+  const Source<T> source2{hidden,    b.weights[1],        g.height, g.width, b.hidden,
+                          b.hidden / b.groups, 9, g.stride, g.dilation};
+  auto conv2 = one_source(source2, g.images, g.out_height, g.out_width, b.groups,
+                          b.hidden / b.groups, b.biases[1], gathered);
+  auto conv3 = one_source(
+      pointwise(Global<const T>(gathered), b.weights[2], g.out_height, g.out_width, b.hidden, 1),
+      g.images, g.out_height, g.out_width, 1, b.c_out, b.biases[2], b.out);
+  if (masked) {
+    conv1.list = lists.halo;
+    conv1.count = lists.count(ListPositions::kHalo);
+    conv2.list = conv3.list = lists.kept;
+    conv2.count = conv3.count = lists.count(ListPositions::kKept);
+  }
+  if (b.downsample) {
+    const bool pooled = b.shortcut.data != nullptr;
+    conv3.sources[1] =
+        pooled ? pointwise(b.shortcut, b.weights[3], g.out_height, g.out_width,
+                           b.shortcut_channels, 1)
+               : pointwise(b.x, b.weights[3], b.height, b.width, b.c_in,
+                           b.first_stride * g.stride);
+    conv3.source_count = 2;
+    conv3.second_bias = b.biases[3];
+    conv3.vectors = conv3.vectors && fits_vectors<T>(conv3.sources[1].depth);
+  } else {
+    conv3.residual = b.x;
+  }
+  gemm(device, conv1);
+  gemm(device, conv2);
+  gemm(device, conv3);
+  if (!masked || in_place) return;
+  const Global<const int32_t> count = lists.count(ListPositions::kDropped);
+  if (b.downsample) {  // dropped outputs are the shortcut alone
+    auto side = one_source(conv3.sources[1], g.images, g.out_height, g.out_width, 1, b.c_out,
+                           b.biases[3], b.out);
+    side.list = lists.dropped;
+    side.count = count;
+    gemm(device, side);
+  } else {
+    typename ReluRows<T>::Params rest{b.x,   b.out,   lists.dropped,
+                                      count, b.c_out, fits_vectors<T>(b.c_out)};
+    device.template launch<ReluRows<T>>(
+        ceil_div(g.outputs() * ceil_div(b.c_out, Chunk<T>::kCount), ReluRows<T>::kThreads), rest);
+  }
+}
+
+}  // namespace las_mm::cuda

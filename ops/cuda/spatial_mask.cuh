@@ -1,0 +1,135 @@
+// The masker: a score per position, a decision per patch, and the mean rates.
+#pragma once
+
+#include "cuda/platform.cuh"
+#include "cuda/sparse_gemm.cuh"
+
+namespace las_mm::cuda {
+
+// scores[position] = sum over channels of x * (weight of logit 0 - weight of logit 1). One warp per
+// position: the features are read once, in order.
+template <typename T>
+struct ScorePositions {
+  struct Params {
+    Global<const T> x;       // (positions, channels)
+    Global<const T> weight;  // (2, channels)
+    Global<float> scores;
+    int64_t positions;
+    int channels;
+    bool vectors;  // rows allow 16-byte accesses
+  };
+  static constexpr int kThreads = 256;
+  static constexpr int kSharedBytes = 0;
+  static constexpr int kMinBlocks = 4;
+  static constexpr int kWarps = kThreads / 32;
+
+  LAS_MM_DEVICE static void run(const Params& p) {
+    constexpr int kChunk = Chunk<T>::kCount;
+    const int lane = thread_index() % 32;
+    const int64_t first = block_index() * kWarps + thread_index() / 32;
+    for (int64_t position = first; position < p.positions; position += block_count() * kWarps) {
+      const int64_t row = position * p.channels;
+      float sum = 0.f;
+      if (p.vectors) {
+        for (int c = lane * kChunk; c < p.channels; c += 32 * kChunk) {
+          const Words x = p.x.load16(row + c);
+          const Words keep = p.weight.load16(c), drop = p.weight.load16(p.channels + c);
+          LAS_MM_UNROLL
+          for (int i = 0; i < kChunk; ++i) {
+            sum += Chunk<T>::get(x, i) * (Chunk<T>::get(keep, i) - Chunk<T>::get(drop, i));
+          }
+        }
+      } else {
+        for (int c = lane; c < p.channels; c += 32) {
+          sum += to_float(p.x.load(row + c)) *
+                 (to_float(p.weight.load(c)) - to_float(p.weight.load(p.channels + c)));
+        }
+      }
+      LAS_MM_UNROLL
+      for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
+      if (lane == 0) p.scores.store(position, sum);
+    }
+  }
+};
+
+// mask[patch] = mean of the patch's scores + bias + offset >= 0. A block per patch: of one warp, or
+// of eight where patches are large, as in layer mode. The sum has a fixed order.
+template <typename T, int kThreads_>
+struct DecidePatches {
+  struct Params {
+    Global<const float> scores;  // (images, height, width)
+    Global<const T> bias;        // (2)
+    Global<const float> offset;  // absent, or (offset_images, rows, columns)
+    Global<uint8_t> mask;        // (images, rows, columns)
+    Global<int32_t> counts;      // set to zero for the kernels that follow
+    int height, width;
+    int side;  // of a patch, in input positions
+    int images, rows, columns;
+    int offset_images;  // 1 or `images`
+  };
+  static constexpr int kThreads = kThreads_;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kSharedBytes = kWarps * 4;
+  static constexpr int kMinBlocks = 4;
+
+  LAS_MM_DEVICE static void run(const Params& p) {
+    if (block_index() == 0 && thread_index() < 2) p.counts.store(thread_index(), 0);
+    const int64_t patches = static_cast<int64_t>(p.images) * p.rows * p.columns;
+    for (int64_t patch = block_index(); patch < patches; patch += block_count()) decide(p, patch);
+  }
+
+  LAS_MM_DEVICE static void decide(const Params& p, int64_t patch) {
+    const int column = static_cast<int>(patch % p.columns);
+    const int row = static_cast<int>(patch / p.columns % p.rows);
+    const int64_t image = patch / p.columns / p.rows;
+    const int top = row * p.side, left = column * p.side;
+    const int tall = p.height - top < p.side ? p.height - top : p.side;
+    const int wide = p.width - left < p.side ? p.width - left : p.side;
+    float sum = 0.f;
+    for (int64_t i = thread_index(); i < static_cast<int64_t>(tall) * wide; i += kThreads) {
+      const int64_t y = top + i / wide, x = left + i % wide;
+      sum += p.scores.load((image * p.height + y) * p.width + x);
+    }
+    LAS_MM_UNROLL
+    for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
+    if constexpr (kWarps > 1) {
+      if (thread_index() % 32 == 0) shared_store(thread_index() / 32 * 4, sum);
+      sync_block();
+      sum = 0.f;
+      LAS_MM_UNROLL
+      for (int warp = 0; warp < kWarps; ++warp) sum += shared_load<float>(warp * 4);
+      sync_block();  // the next patch's sums come to the same place
+    }
+    if (thread_index() == 0) {
+      float keep = sum / (static_cast<float>(tall) * static_cast<float>(wide)) +
+                   (to_float(p.bias.load(0)) - to_float(p.bias.load(1)));
+      if (p.offset.data != nullptr) {
+        const int64_t grid = static_cast<int64_t>(p.rows) * p.columns;
+        keep += p.offset.load(p.offset_images == 1 ? patch % grid : patch);
+      }
+      p.mask.store(patch, keep >= 0.f ? 1 : 0);  // NaN drops
+    }
+  }
+};
+
+// rates = kept outputs and conv1 outputs that they read, as shares of all.
+struct MeanRates {
+  struct Params {
+    Global<const int32_t> counts;  // kept, halo
+    Global<float> rates;
+    int64_t outputs, hidden;  // positions of all images
+  };
+  static constexpr int kThreads = 32;
+  static constexpr int kSharedBytes = 0;
+  static constexpr int kMinBlocks = 1;
+
+  LAS_MM_DEVICE static void run(const Params& p) {
+    if (thread_index() == 0) {
+      p.rates.store(0, static_cast<float>(p.counts.load(0)) / static_cast<float>(p.outputs));
+    } else if (thread_index() == 1) {
+      p.rates.store(1, static_cast<float>(p.counts.load(1)) / static_cast<float>(p.hidden));
+    }
+  }
+};
+
+}  // namespace las_mm::cuda

@@ -1,0 +1,82 @@
+// Which tile serves which product on which GPU; the one place to tune on a card.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/sparse_gemm.cuh"
+
+namespace las_mm::cuda {
+
+struct Gpu {
+  int capability;        // e.g. 80 for 8.0
+  int multiprocessors;
+  bool allow_tf32;       // float32 products may round their factors to tf32
+};
+
+// 16-bit tensor cores exist from 7.5 on (fp16; 7.0's need other instructions than these kernels
+// use, so it computes in plain float32) and 8.0 on (bf16, tf32).
+template <typename T>
+constexpr bool has_tensor_cores(const Gpu&);
+template <>
+constexpr bool has_tensor_cores<half>(const Gpu& gpu) {
+  return gpu.capability >= 75;
+}
+template <>
+constexpr bool has_tensor_cores<bf16>(const Gpu& gpu) {
+  return gpu.capability >= 80;
+}
+template <>
+constexpr bool has_tensor_cores<float>(const Gpu& gpu) {
+  return gpu.capability >= 80 && gpu.allow_tf32;
+}
+
+enum class TileShape { kLarge, kMedium, kSmall };  // 128x128, 128x64 and 64x64
+
+// Larger tiles read less from L2 per multiplication; smaller ones occupy more multiprocessors and
+// waste less at the end of a short list. `rows` is the number of possible positions: half of them
+// are expected to be listed.
+struct TileRule {
+  int capability;          // from here on
+  double large_waves;      // least number of 128x128 tiles per multiprocessor
+  double medium_waves;     // and of 128x64 tiles
+};
+constexpr TileRule kTileRules[] = {
+    {90, 2.0, 1.0},
+    {80, 2.0, 1.0},
+    {0, 1e30, 1.0},  // 64 KiB of shared memory hold one large tile only
+};
+
+inline TileShape choose_tile(const Gpu& gpu, int64_t rows, int64_t columns, int64_t groups) {
+  const TileRule* rule = kTileRules;
+  while (gpu.capability < rule->capability) ++rule;
+  const double listed = static_cast<double>(rows) / 2 * static_cast<double>(groups);
+  const double large =
+      listed / 128 * static_cast<double>(ceil_div(columns, 128)) / gpu.multiprocessors;
+  const double medium =
+      listed / 128 * static_cast<double>(ceil_div(columns, 64)) / gpu.multiprocessors;
+  if (columns > 64 && large >= rule->large_waves) return TileShape::kLarge;
+  return medium >= rule->medium_waves ? TileShape::kMedium : TileShape::kSmall;
+}
+
+// Calls `use` with the tile, as a type.
+template <typename T, bool kScores, class Use>
+void with_tile(TileShape shape, bool tensor_cores, const Use& use) {
+  if (!tensor_cores) {
+    if (shape == TileShape::kSmall) {
+      use(Tile<T, 64, 1, 0, false, kScores>{});
+    } else {
+      use(Tile<T, 128, 1, 0, false, kScores>{});
+    }
+    return;
+  }
+  if (shape == TileShape::kSmall) {
+    use(Tile<T, 64, 1, 32, true, kScores>{});
+  } else if (kScores || shape == TileShape::kMedium) {
+    // The scores' registers would not fit beside a large tile's; conv1 is narrow anyway.
+    use(Tile<T, 128, 1, 64, true, kScores>{});
+  } else {
+    use(Tile<T, 128, 2, 64, true>{});
+  }
+}
+
+}  // namespace las_mm::cuda

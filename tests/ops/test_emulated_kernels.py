@@ -1,0 +1,96 @@
+"""The CUDA kernels in the emulator: the cases of the CPU kernels, each dtype and tile shape."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from . import cases, emulated
+from . import test_sparse_ops as sparse
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+# dtype, compute capability, tf32: what decides which kernels run.
+KINDS = {
+    "fp32": (torch.float32, 80, False),
+    "tf32": (torch.float32, 80, True),
+    "fp16": (torch.float16, 80, False),
+    "fp16-plain": (torch.float16, 70, False),
+    "bf16": (torch.bfloat16, 80, False),
+    "bf16-plain": (torch.bfloat16, 75, False),
+}
+TILES = {"large": 0, "medium": 1, "small": 2, "table": -1}
+# tf32 keeps 10 bits of the factors.
+TOLERANCE = {**cases.TOLERANCE, torch.float16: 4e-3, "tf32": 4e-3}
+
+
+@pytest.fixture(scope="session")
+def libraries():
+    folder = emulated.ROOT / "build" / "emulator"
+    return {
+        dtype: ctypes.CDLL(str(emulated.build(element, folder)))
+        for dtype, element in emulated.ELEMENTS.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def tolerances(monkeypatch):
+    monkeypatch.setattr(cases, "TOLERANCE", dict(TOLERANCE))
+    monkeypatch.setattr(cases.ops, "pack_conv", emulated.pack_conv)
+
+
+def on_machine(block, dtype):
+    """The drawn block with what the CUDA kernels know: no Winograd form, no dense convolutions."""
+    return replace(block, dtype=dtype, winograd="none", dense_above=None, threads=1)
+
+
+def check_drawn(test, machine, dtype, examples):
+    """Run a test of test_sparse_ops.py in the emulator."""
+
+    @settings(
+        max_examples=cases.scaled(examples),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(test.strategy)
+    def every(case):
+        if isinstance(case, tuple):
+            case = (on_machine(case[0], dtype), *case[1:])
+            machine.seed = case[0].seed
+        else:
+            case = on_machine(case, dtype)
+            machine.seed = case.seed
+        test.check(machine, case)
+
+    every()
+
+
+CHECKS = {  # and the number of cases per kind and tile
+    sparse.test_bottleneck_equals_masked_dense: 40,
+    sparse.test_bottleneck_in_place: 15,
+    sparse.test_bottleneck_beyond_one_tile: 3,
+    sparse.test_spatial_mask: 10,
+    sparse.test_masker_conv1x1: 10,
+    sparse.test_gather_conv3x3: 12,
+    sparse.test_conv1x1_scatter_add: 8,
+    sparse.test_composition_equals_the_bottleneck: 6,
+}
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("test", CHECKS, ids=lambda test: test.__name__.removeprefix("test_"))
+def test_drawn_cases(test, kind, tile, libraries):
+    dtype, capability, tf32 = KINDS[kind]
+    if tf32:
+        cases.TOLERANCE[torch.float32] = TOLERANCE["tf32"]
+    machine = emulated.Machine(libraries[dtype], capability, tf32, TILES[tile])
+    check_drawn(test, machine, dtype, CHECKS[test])
