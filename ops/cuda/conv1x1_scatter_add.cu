@@ -16,7 +16,7 @@ void run_conv1x1_scatter_add_(const at::Tensor& residual, const at::Tensor& x, c
       mask_geometry(x.size(0), x.size(2), x.size(3), 1, 1, granularity);
   const at::Tensor input_map = x.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor stream = residual.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor packed = weight.contiguous(), shift = bias.contiguous();
+  const at::Tensor packed = packed_weight(weight), shift = bias.contiguous();
   const at::Tensor patches = decisions(mask);
   Device device(x);
   with_type(x.scalar_type(), [&](auto zero) {

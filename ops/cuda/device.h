@@ -111,6 +111,13 @@ Global<const T> optional_input(const std::optional<at::Tensor>& x) {
   return x ? input<T>(*x) : Global<const T>{};
 }
 
+// A packed weight; its sixteen-byte chunks have to be aligned, which a view may not be.
+inline at::Tensor packed_weight(const at::Tensor& weight) {
+  const at::Tensor packed = weight.contiguous();
+  const bool aligned = reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
+  return aligned ? packed : packed.clone();
+}
+
 // Decision per patch, one byte each. Looking for NaN would mean waiting for the GPU: it drops.
 inline at::Tensor decisions(const at::Tensor& mask) {
   return mask.scalar_type() == at::kBool ? mask.contiguous() : mask.gt(0.5).contiguous();
@@ -133,9 +140,9 @@ void with_type(at::ScalarType type, const Use& use) {
 }
 
 // Compiled in gemm_*.cu, once.
-#define LAS_MM_DECLARE_GEMM(T)                                               \
-  extern template void gemm<false, T, Device>(Device&, const GemmParams<T>&); \
-  extern template void gemm<true, T, Device>(Device&, const GemmParams<T>&)
+#define LAS_MM_DECLARE_GEMM(T)                                             \
+  extern template void gemm<false, T, Device>(Device&, GemmParams<T>); \
+  extern template void gemm<true, T, Device>(Device&, GemmParams<T>)
 LAS_MM_DECLARE_GEMM(float);
 LAS_MM_DECLARE_GEMM(half);
 LAS_MM_DECLARE_GEMM(bf16);

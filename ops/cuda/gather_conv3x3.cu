@@ -15,7 +15,7 @@ at::Tensor run_gather_conv3x3(const at::Tensor& hidden, const at::Tensor& mask,
   const MaskGeometry g = mask_geometry(hidden.size(0), hidden.size(2), hidden.size(3), stride,
                                        dilation, granularity);
   const at::Tensor input_map = hidden.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor packed = weight.contiguous(), shift = bias.contiguous();
+  const at::Tensor packed = packed_weight(weight), shift = bias.contiguous();
   const at::Tensor patches = decisions(mask);
   const at::Tensor out =
       empty_map(hidden, {hidden.size(0), bias.numel(), g.out_height, g.out_width}).zero_();

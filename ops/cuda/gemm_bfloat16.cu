@@ -3,7 +3,7 @@
 
 namespace las_mm::cuda {
 
-template void gemm<false, bf16, Device>(Device&, const GemmParams<bf16>&);
-template void gemm<true, bf16, Device>(Device&, const GemmParams<bf16>&);
+template void gemm<false, bf16, Device>(Device&, GemmParams<bf16>);
+template void gemm<true, bf16, Device>(Device&, GemmParams<bf16>);
 
 }  // namespace las_mm::cuda

@@ -3,7 +3,7 @@
 
 namespace las_mm::cuda {
 
-template void gemm<false, float, Device>(Device&, const GemmParams<float>&);
-template void gemm<true, float, Device>(Device&, const GemmParams<float>&);
+template void gemm<false, float, Device>(Device&, GemmParams<float>);
+template void gemm<true, float, Device>(Device&, GemmParams<float>);
 
 }  // namespace las_mm::cuda

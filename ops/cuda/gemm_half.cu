@@ -3,7 +3,7 @@
 
 namespace las_mm::cuda {
 
-template void gemm<false, half, Device>(Device&, const GemmParams<half>&);
-template void gemm<true, half, Device>(Device&, const GemmParams<half>&);
+template void gemm<false, half, Device>(Device&, GemmParams<half>);
+template void gemm<true, half, Device>(Device&, GemmParams<half>);
 
 }  // namespace las_mm::cuda

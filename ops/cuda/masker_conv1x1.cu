@@ -19,7 +19,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run_masker_conv1x1(
   check_masker(x, masker_weight, masker_bias, offset, granularity, strides, dilation, "masker_");
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor input_map = x.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor packed = weight.contiguous(), shift = bias.contiguous();
+  const at::Tensor packed = packed_weight(weight), shift = bias.contiguous();
   const Decision d(x, masker_weight, masker_bias, offset, granularity, strides, dilation);
   const at::Tensor hidden =
       empty_map(x, {x.size(0), bias.numel(), d.geometry.height, d.geometry.width});

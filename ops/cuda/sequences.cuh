@@ -43,6 +43,11 @@ bool fits_vectors(int64_t channels) {
   return channels * static_cast<int64_t>(sizeof(T)) % 16 == 0;
 }
 
+template <typename T>
+bool aligned(const Global<T>& array) {
+  return reinterpret_cast<uintptr_t>(array.data) % 16 == 0;
+}
+
 template <class Device>
 Lists list_positions(Device& device, const MaskGeometry& g, const Global<const uint8_t>& mask,
                      bool halo, bool dropped) {
@@ -60,7 +65,13 @@ Lists list_positions(Device& device, const MaskGeometry& g, const Global<const u
 }
 
 template <bool kScores = false, typename T, class Device>
-void gemm(Device& device, const GemmParams<T>& params) {
+void gemm(Device& device, GemmParams<T> params) {
+  params.vectors = fits_vectors<T>(params.columns) && aligned(params.out) &&
+                   aligned(params.residual);
+  for (int i = 0; i < params.source_count; ++i) {
+    const Source<T>& source = params.sources[i];
+    params.vectors = params.vectors && fits_vectors<T>(source.depth) && aligned(source.data);
+  }
   const TileShape shape =
       device.choose_tile(params.positions, params.columns, params.groups);
   with_tile<T, kScores>(shape, has_tensor_cores<T>(device.gpu), [&](auto tile) {
@@ -87,7 +98,6 @@ GemmParams<T> one_source(const Source<T>& source, int64_t images, int height, in
   p.bias = bias;
   p.out = out;
   p.relu = true;
-  p.vectors = fits_vectors<T>(source.depth) && fits_vectors<T>(columns);
   return p;
 }
 
@@ -142,8 +152,8 @@ void spatial_mask(Device& device, const MaskGeometry& g, const Masker<T>& masker
   const int64_t positions = static_cast<int64_t>(g.images) * height * width;
   const Global<float> scores = device.template allocate<float>(positions, "scores");
   const Global<int32_t> counts = device.template allocate<int32_t>(2, "counts");
-  typename ScorePositions<T>::Params score{x,         masker.weight, scores,
-                                           positions, channels,      fits_vectors<T>(channels)};
+  const bool vectors = fits_vectors<T>(channels) && aligned(x) && aligned(masker.weight);
+  typename ScorePositions<T>::Params score{x, masker.weight, scores, positions, channels, vectors};
   device.template launch<ScorePositions<T>>(ceil_div(positions, ScorePositions<T>::kWarps), score);
   decide(device, masker, Global<const float>(scores), g.images, height, width,
          patch_side(g, first_stride, height, width), g.rows, g.columns, mask, counts);
@@ -174,7 +184,7 @@ void masker_conv1x1(Device& device, const MaskGeometry& g, const Masker<T>& mask
     mean_rates(device, g, mask, counts, rates);
   }
   typename ClearUnread<T>::Params clear{g, mask, hidden, hidden_channels,
-                                        fits_vectors<T>(hidden_channels)};
+                                        fits_vectors<T>(hidden_channels) && aligned(hidden)};
   device.template launch<ClearUnread<T>>(ceil_div(g.hidden(), ClearUnread<T>::kWarps), clear);
 }
 
@@ -259,7 +269,6 @@ void sparse_bottleneck(Device& device, const Bottleneck<T>& b) {
                            b.first_stride * g.stride);
     conv3.source_count = 2;
     conv3.second_bias = b.biases[3];
-    conv3.vectors = conv3.vectors && fits_vectors<T>(conv3.sources[1].depth);
   } else {
     conv3.residual = b.x;
   }
@@ -275,8 +284,8 @@ void sparse_bottleneck(Device& device, const Bottleneck<T>& b) {
     side.count = count;
     gemm(device, side);
   } else {
-    typename ReluRows<T>::Params rest{b.x,   b.out,   lists.dropped,
-                                      count, b.c_out, fits_vectors<T>(b.c_out)};
+    const bool vectors = fits_vectors<T>(b.c_out) && aligned(b.x) && aligned(b.out);
+    typename ReluRows<T>::Params rest{b.x, b.out, lists.dropped, count, b.c_out, vectors};
     device.template launch<ReluRows<T>>(
         ceil_div(g.outputs() * ceil_div(b.c_out, Chunk<T>::kCount), ReluRows<T>::kThreads), rest);
   }

@@ -17,6 +17,7 @@ void run(const at::Tensor& x, Arguments a, const Shape& s, const at::Tensor& out
                     "weights[1] must be given on a GPU, which has no Winograd form");
   if (s.images == 0) return;
   make_contiguous(a);
+  for (at::Tensor& weight : a.weights) weight = packed_weight(weight);
   const MaskGeometry g = mask_geometry(s.images, s.hidden_height, s.hidden_width, a.strides[1],
                                        a.dilation, a.granularity);
   at::Tensor patches, shortcut;

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from las_mm.ops.masks import ceil_div
 from las_mm.ops.packing import pack_conv as pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,7 +181,7 @@ class Machine:
 
     def _bottleneck(self, x, out, mask, weights, biases, shortcut, granularity, strides, dilation,
                     groups):  # fmt: skip
-        hidden = [-(-n // strides[0]) for n in x.shape[2:]]
+        hidden = [ceil_div(n, strides[0]) for n in x.shape[2:]]
         shortcut = None if shortcut is None else _nhwc(shortcut)
         geometry = dict(
             hidden_height=hidden[0],
@@ -200,7 +201,7 @@ class Machine:
 
     def _sparse_bottleneck(self, x, mask, weights, biases, _, shortcut, granularity, strides,
                            dilation, groups, *__):  # fmt: skip
-        size = [-(-(-(-n // strides[0])) // strides[1]) for n in x.shape[2:]]
+        size = [ceil_div(ceil_div(n, strides[0]), strides[1]) for n in x.shape[2:]]
         out = _empty(x, biases[2].numel(), size)
         arguments = (mask, weights, biases, shortcut, granularity, strides, dilation, groups)
         self._bottleneck(x, out, *arguments)
@@ -213,8 +214,8 @@ class Machine:
             x.copy_(stream)
 
     def _masker(self, name, x, weight, bias, offset, granularity, strides, dilation, **more):
-        hidden = [-(-n // strides[0]) for n in x.shape[2:]]
-        grid = [-(-(-(-n // strides[1])) // granularity) for n in hidden]
+        hidden = [ceil_div(n, strides[0]) for n in x.shape[2:]]
+        grid = [ceil_div(ceil_div(n, strides[1]), granularity) for n in hidden]
         mask = torch.full((x.shape[0], 1, *grid), 255, dtype=torch.uint8)
         rates = torch.full((2,), torch.nan)
         geometry = dict(
@@ -244,13 +245,13 @@ class Machine:
 
     def _masker_conv1x1(self, x, masker_weight, masker_bias, offset, weight, bias, granularity,
                         strides, dilation):  # fmt: skip
-        out = _empty(x, bias.numel(), [-(-n // strides[0]) for n in x.shape[2:]])
+        out = _empty(x, bias.numel(), [ceil_div(n, strides[0]) for n in x.shape[2:]])
         masker = (masker_weight, masker_bias, offset, granularity, strides, dilation)
         more = dict(out=out, hidden=bias.numel(), weights=[weight], biases=[bias])
         return (*self._masker("masker_conv1x1", x, *masker, **more), out)
 
     def _gather_conv3x3(self, hidden, mask, weight, bias, granularity, stride, dilation, groups):
-        out = _empty(hidden, bias.numel(), [-(-n // stride) for n in hidden.shape[2:]]).zero_()
+        out = _empty(hidden, bias.numel(), [ceil_div(n, stride) for n in hidden.shape[2:]]).zero_()
         geometry = dict(
             hidden_height=hidden.shape[2],
             hidden_width=hidden.shape[3],
