@@ -5,12 +5,14 @@ The extension is compiled against the torch that is already installed, hence
 
     LAS_MM_NO_NATIVE=1  pure Python; the reference implementations of the ops run
     FORCE_CUDA=1 / 0    with / without CUDA kernels; unset: with them where torch sees a GPU
-    MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST as in every torch extension
+    MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST as in every torch extension; without a list and
+                        without a GPU, CUDA kernels are built for CUDA_ARCHITECTURES below
 """
 
 import os
 import re
 import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -18,6 +20,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+DESCRIPTION = "Latency-aware spatially dynamic networks (LASNet, LAUDNet) for OpenMMLab projects"
+CUDA_FOLDERS = ("/usr/local/cuda-{}", "/usr/local/cuda")  # {}: the version of torch's CUDA
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
 
 def read_version():
@@ -35,27 +40,40 @@ def find_cuda_toolkit(torch):
     candidates = [
         os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"),
         nvcc and str(Path(nvcc).resolve().parents[1]),
-        f"/usr/local/cuda-{torch.version.cuda}",
-        "/usr/local/cuda",
+        *(folder.format(torch.version.cuda) for folder in CUDA_FOLDERS),
     ]
     for home in filter(None, candidates):
-        if (Path(home) / "include" / "cuda_runtime.h").is_file() and shutil.which(
-            "nvcc", path=str(Path(home) / "bin")
-        ):
+        if (Path(home) / "include" / "cuda_runtime.h").is_file() and nvcc_of(home):
             return home
     return None
 
 
+def nvcc_of(toolkit):
+    """The path of a toolkit's compiler, or None."""
+    return shutil.which("nvcc", path=str(Path(toolkit) / "bin"))
+
+
+def default_architectures(toolkit):
+    """Those of CUDA_ARCHITECTURES that the toolkit compiles, for TORCH_CUDA_ARCH_LIST."""
+    listed = subprocess.run(
+        [nvcc_of(toolkit), "--list-gpu-arch"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
+    known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in listed]
+    if not known:
+        sys.exit(f"las_mm: {nvcc_of(toolkit)} compiles for none of {CUDA_ARCHITECTURES}.")
+    return " ".join(known) + "+PTX"  # newer GPUs translate the last one's
+
+
 def cuda_sources(torch):
-    """The CUDA sources to build: none unless CUDA was asked for or torch sees a GPU."""
-    force = os.environ.get("FORCE_CUDA")
+    """The CUDA sources to build (none: CPU only) and the reason, to be told.
+
+    CUDA_HOME and TORCH_CUDA_ARCH_LIST are set for torch.utils.cpp_extension where needed.
+    """
+    force = os.environ.get("FORCE_CUDA") or None
+    if force not in (None, "0", "1"):
+        sys.exit(f"las_mm: FORCE_CUDA must be 0, 1 or unset, got {force!r}.")
     if force == "0":
-        return []
-    sources = sorted(glob("ops/cuda/*.cu"))
-    if not sources:
-        if force == "1":
-            say("FORCE_CUDA=1, but this version has no CUDA kernels yet; building for the CPU.")
-        return []
+        return [], "FORCE_CUDA=0"
     toolkit = torch.version.cuda and find_cuda_toolkit(torch)
     if force == "1" and not toolkit:
         sys.exit(
@@ -63,10 +81,16 @@ def cuda_sources(torch):
             f"(found torch {torch.__version__}) and a CUDA toolkit with nvcc and headers "
             "(set CUDA_HOME to its folder)."
         )
-    if force != "1" and not (toolkit and torch.cuda.is_available()):
-        return []
+    if force != "1" and not torch.cuda.is_available():
+        return [], "torch sees no GPU; FORCE_CUDA=1 builds the CUDA kernels anyway"
+    if not toolkit:
+        return [], "there is a GPU, but no CUDA toolkit was found; CUDA_HOME names its folder"
     os.environ["CUDA_HOME"] = toolkit  # before torch.utils.cpp_extension guesses
-    return sources
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        if torch.cuda.is_available():
+            return sorted(glob("ops/cuda/*.cu")), f"{toolkit}, for this machine's GPUs"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(toolkit)
+    return sorted(glob("ops/cuda/*.cu")), f"{toolkit}, for {os.environ['TORCH_CUDA_ARCH_LIST']}"
 
 
 def native_extension():
@@ -81,7 +105,7 @@ def native_extension():
             f"las_mm: cannot import torch ({error}); install torch first, then "
             "`pip install -e . --no-build-isolation`."
         )
-    cuda = cuda_sources(torch)
+    cuda, reason = cuda_sources(torch)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is serial without
@@ -95,36 +119,42 @@ def native_extension():
         extra_compile_args={"cxx": [optimize, *openmp], "nvcc": ["-O3"]},
         extra_link_args=openmp,
     )
-    say(f"building las_mm._C for {'CPU and CUDA' if cuda else 'CPU'}, torch {torch.__version__}.")
+    backends = "CPU and CUDA" if cuda else "CPU only"
+    say(f"building las_mm._C for {backends} ({reason}), torch {torch.__version__}.")
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
-readme = ROOT / "README.md"
-setup(
-    name="las_mm",
-    version=read_version(),
-    description="Latency-aware spatially dynamic networks (LASNet, LAUDNet) for OpenMMLab projects",
-    long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.9",
-    packages=find_packages(include=["las_mm", "las_mm.*"]),
-    package_data={"las_mm": ["latency/devices/*.yaml"]},
-    # torch and OpenMMLab's packages exist in several builds under several names, so they are
-    # the user's choice: requirements/ lists the tested pins, las_mm checks the imports.
-    install_requires=["numpy", "PyYAML", "rich", "tensorboard"],
-    extras_require={
-        "benchmark": ["matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino"],
-        "demo": ["matplotlib", "scikit-image"],
-        "dev": [
-            "hypothesis",
-            "mypy",
-            "pre-commit",
-            "pytest",
-            "ruff",
-            "types-PyYAML",
-        ],
-    },
-    zip_safe=False,
-    **native_extension(),
-)
+def main():
+    readme = ROOT / "README.md"
+    setup(
+        name="las_mm",
+        version=read_version(),
+        description=DESCRIPTION,
+        long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
+        long_description_content_type="text/markdown",
+        license="Apache-2.0",
+        python_requires=">=3.9",
+        packages=find_packages(include=["las_mm", "las_mm.*"]),
+        package_data={"las_mm": ["latency/devices/*.yaml"]},
+        # torch and OpenMMLab's packages exist in several builds under several names, so they are
+        # the user's choice: requirements/ lists the tested pins, las_mm checks the imports.
+        install_requires=["numpy", "PyYAML", "rich", "tensorboard"],
+        extras_require={
+            "benchmark": ["matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino"],
+            "demo": ["matplotlib", "scikit-image"],
+            "dev": [
+                "hypothesis",
+                "mypy",
+                "pre-commit",
+                "pytest",
+                "ruff",
+                "types-PyYAML",
+            ],
+        },
+        zip_safe=False,
+        **native_extension(),
+    )
+
+
+if __name__ == "__main__":  # also when pip runs this file; tests import it
+    main()

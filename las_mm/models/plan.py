@@ -247,8 +247,14 @@ class Plan:
         self._announced = False
         self._lock = threading.Lock()
 
-    def lookup(self, kind: BlockKind) -> Choice:
-        """The choice for ``kind``; measures it if this machine has not met it before."""
+    def lookup(self, kind: BlockKind, device_type: str = "cpu") -> Choice:
+        """The choice for ``kind``; measures it if this machine has not met it before.
+
+        Only a CPU is measured: elsewhere sparse execution has no alternatives, and timing it would
+        wait for the device.
+        """
+        if device_type != "cpu":
+            return Choice(winograd=False)
         found = self._choices.get(kind)
         if found is not None:
             return found

@@ -22,7 +22,6 @@ PREPARE_FIRST = (
     "the fast form has to exist before torch.compile or torch.export: call "
     "las_mm.prepare(model.eval()) first"
 )
-_DTYPES = (torch.float32, torch.bfloat16)
 _masked_dense = False  # set by masked_dense()
 
 
@@ -49,7 +48,7 @@ def wanted(x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and not _masked_dense
-        and x.dtype in _DTYPES
+        and ops.supports(x.dtype, x.device.type)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.jit.is_tracing()
         and not torch.onnx.is_in_onnx_export()
@@ -140,14 +139,15 @@ class FastBottleneck:
             Unsupported: The block has a part without a fast form.
         """
         folded = _fold_block(block)
+        dtype, device_type = folded[0][0].dtype, folded[0][0].device.type
+        if not ops.supports(dtype, device_type):
+            raise Unsupported(f"its weights are {dtype}")
         weights = [ops.pack_conv(weight, groups) for weight, _, groups in folded]
         biases = [bias for _, bias, _ in folded]
-        if weights[0].dtype not in _DTYPES:
-            raise Unsupported(f"its weights are {weights[0].dtype}")
         conv2 = block.conv2
         winograd = None
         plain = (conv2.stride, conv2.dilation, conv2.groups) == ((1, 1), (1, 1), 1)
-        if plain and weights[1].dtype == torch.float32:
+        if plain and dtype == torch.float32 and ops.has_winograd(device_type):
             winograd = ops.pack_winograd(folded[1][0])
             if block.mode != "spatial" or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
@@ -194,7 +194,7 @@ class FastBottleneck:
         if choice is not None:
             self.choice = choice
             return choice
-        choice = current_plan().lookup(self.kind(x))
+        choice = current_plan().lookup(self.kind(x), x.device.type)
         if not choice.winograd and not self.weights[1].numel():
             weight, _, groups = _fold_block(block)[1]
             self.weights[1] = ops.pack_conv(weight, groups)
@@ -312,6 +312,8 @@ class FastStem:
         if not usual:
             raise Unsupported(f"its stem is {conv} followed by {pool}")
         weight, bias = fold(conv, backbone.norm1)
+        if not ops.has_stem_kernel(weight.device.type):
+            raise Unsupported(f"there is no kernel for it on {weight.device.type}")
         return cls(ops.pack_stem(weight), bias)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from las_mm.ops.convolution import (
 )
 from las_mm.ops.library import load_native
 from las_mm.ops.maps import conv_pool_stem, to_nchw
-from las_mm.ops.masks import LAYER, dilate_mask, spatial_mask
+from las_mm.ops.masks import LAYER, dilate_mask, spatial_mask, supports
 from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "dilate_mask",
     "gather_conv3x3",
     "has_kernels",
+    "has_stem_kernel",
+    "has_winograd",
     "masker_conv1x1",
     "native_available",
     "pack_conv",
@@ -39,6 +41,7 @@ __all__ = [
     "sparse_bottleneck",
     "sparse_bottleneck_",
     "spatial_mask",
+    "supports",
     "to_nchw",
 ]
 
@@ -50,17 +53,30 @@ def native_available() -> bool:
     return _NATIVE
 
 
-_DEVICES_WITH_KERNELS = frozenset(
-    device
-    for device in ("cpu", "cuda")
-    if _NATIVE
-    and torch._C._dispatch_has_kernel_for_dispatch_key("las_mm::sparse_bottleneck", device.upper())
-)
+def _devices_with(name: str) -> frozenset[str]:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    devices = ("cpu", "cuda") if _NATIVE else ()
+    return frozenset(d for d in devices if has_kernel(f"las_mm::{name}", d.upper()))
+
+
+_SPARSE_OPS = _devices_with("sparse_bottleneck")
+_STEM = _devices_with("conv_pool_stem")
+_WINOGRAD = frozenset({"cpu"})
 
 
 def has_kernels(device_type: str) -> bool:
     """Whether native kernels of the sparse ops exist for a device type such as ``'cpu'``."""
-    return device_type in _DEVICES_WITH_KERNELS
+    return device_type in _SPARSE_OPS
+
+
+def has_stem_kernel(device_type: str) -> bool:
+    """Whether ``conv_pool_stem`` has a native kernel there; else dense convolutions are faster."""
+    return device_type in _STEM
+
+
+def has_winograd(device_type: str) -> bool:
+    """Whether ``sparse_bottleneck`` uses the Winograd form of conv2 there."""
+    return device_type in _WINOGRAD
 
 
 def cpu_isa() -> str:

@@ -125,12 +125,25 @@ def dilate_mask(
 # spatial_mask ------------------------------------------------------------------------------------
 
 
+def supports(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the ops compute in ``dtype`` there; float16 has no arithmetic on CPUs."""
+    half = dtype == torch.float16 and device_type == "cuda"
+    return half or dtype in (torch.float32, torch.bfloat16)
+
+
+def check_dtype(x: Tensor, name: str) -> None:
+    """Raise ValueError unless the ops compute in the dtype of ``x`` on its device."""
+    if not supports(x.dtype, x.device.type):
+        raise ValueError(
+            f"{name} must be float32 or bfloat16 (on a GPU also float16), got {x.dtype}"
+        )
+
+
 def check_map(x: Tensor, name: str, channels: int | None = None) -> None:
-    """Raise ValueError unless ``x`` is a float32 or bfloat16 map of (N, C, H, W), none empty."""
+    """Raise ValueError unless ``x`` is a (N, C, H, W) map that the ops compute on, none empty."""
     if x.dim() != 4 or min(x.shape[1:]) <= 0:
         raise ValueError(f"{name} must have shape (N, C, H, W), got {list(x.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{name} must be float32 or bfloat16, got {x.dtype}")
+    check_dtype(x, name)
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]}")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from las_mm.ops.library import LIBRARY
-from las_mm.ops.masks import ceil_div
+from las_mm.ops.masks import ceil_div, check_dtype
 
 PANEL = 64  # output channels that a kernel computes together: four AVX-512 registers
 LANES = 16  # the last panel of a group is rounded up to this
@@ -27,7 +27,7 @@ def packed_numel(
         in_channels: Of one group.
         taps: Kernel positions, e.g. 9.
         groups: Groups of the convolution.
-        dtype: float32, or bfloat16, whose input channels are packed in pairs.
+        dtype: float32, or one of 16 bits, whose input channels are packed in pairs.
     """
     depth = in_channels if dtype == torch.float32 else 2 * ceil_div(in_channels, 2)
     return groups * taps * depth * panel_columns(out_channels // groups)
@@ -36,8 +36,7 @@ def packed_numel(
 def _pack_conv_check(weight: Tensor, groups: int) -> None:
     if weight.dim() != 4 or min(weight.shape) <= 0:
         raise ValueError(f"weight must have shape (O, I, kh, kw), got {list(weight.shape)}")
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"weight must be float32 or bfloat16, got {weight.dtype}")
+    check_dtype(weight, "weight")
     if groups <= 0 or weight.shape[0] % groups:
         raise ValueError(
             f"groups must be positive and divide {weight.shape[0]} output channels, got {groups}"
@@ -49,13 +48,13 @@ def _pack_conv_reference(weight: Tensor, groups: int) -> Tensor:
     out, depth = weight.shape[0] // groups, weight.shape[1]
     grouped = weight.reshape(groups, out, depth, -1).permute(0, 3, 2, 1)  # (g, tap, k, column)
     columns = panel_columns(out)
-    odd = depth % 2 if weight.dtype == torch.bfloat16 else 0
+    odd = depth % 2 if weight.dtype != torch.float32 else 0
     grouped = torch.nn.functional.pad(grouped, (0, columns - out, 0, odd))
     pieces = []
     for group in grouped:
         for start in range(0, columns, PANEL):
             panel = group[..., start : start + PANEL]
-            if weight.dtype == torch.bfloat16:  # pairs of input channels lie side by side
+            if weight.dtype != torch.float32:  # pairs of input channels lie side by side
                 panel = panel.unflatten(1, (-1, 2)).transpose(2, 3)
             pieces.append(panel.reshape(-1))
     return torch.cat(pieces)
@@ -66,8 +65,8 @@ def unpack_conv(
 ) -> Tensor:
     """The inverse of :func:`pack_conv`: (O, I, taps); for the reference implementations."""
     out = out_channels // groups
-    bf16 = packed.dtype == torch.bfloat16
-    depth = 2 * ceil_div(in_channels, 2) if bf16 else in_channels
+    pairs = packed.dtype != torch.float32
+    depth = 2 * ceil_div(in_channels, 2) if pairs else in_channels
     weights = []
     for group in packed.view(groups, -1):
         panels, start = [], 0
@@ -75,7 +74,7 @@ def unpack_conv(
             columns = min(PANEL, panel_columns(out) - first)
             panel = group[start : start + taps * depth * columns]
             start += panel.numel()
-            if bf16:
+            if pairs:
                 panel = panel.view(taps, depth // 2, columns, 2).transpose(2, 3)
             panels.append(panel.reshape(taps, depth, columns))
         weights.append(torch.cat(panels, dim=2)[:, :in_channels, :out].permute(2, 1, 0))
@@ -96,12 +95,12 @@ def _pack_conv_fake(weight: Tensor, groups: int) -> Tensor:
 def pack_conv(weight: Tensor, groups: int = 1) -> Tensor:
     """Pack the weight of a convolution for the sparse kernels.
 
-    The order is group, panel of 64 output channels, kernel position, input channel (bfloat16:
-    pair of input channels), output channel (bfloat16: of the pair). The last panel of a group is
+    The order is group, panel of 64 output channels, kernel position, input channel (16-bit types:
+    pair of input channels), output channel (of the pair). The last panel of a group is
     padded with zeros to a multiple of 16 output channels, an odd last pair with a zero.
 
     Args:
-        weight: (C_out, C_in / groups, kh, kw), float32 or bfloat16.
+        weight: (C_out, C_in / groups, kh, kw), float32 or bfloat16, on a GPU also float16.
         groups: Groups of the convolution.
 
     Returns:

@@ -35,7 +35,7 @@ at::Tensor pack_conv(const at::Tensor& weight, int64_t groups) {
                     "weight must have shape (O, I, kh, kw), got ", weight.sizes());
   const bool is_float = weight.scalar_type() == at::kFloat;
   TORCH_CHECK_VALUE(is_float || weight.scalar_type() == at::kBFloat16,
-                    "weight must be float32 or bfloat16, got ", weight.scalar_type());
+                    "weight must be float32 or bfloat16 (on a GPU also float16), got ", weight.scalar_type());
   TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0,
                     "groups must be positive and divide ", weight.size(0),
                     " output channels, got ", groups);

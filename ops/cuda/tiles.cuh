@@ -47,6 +47,9 @@ constexpr TileRule kTileRules[] = {
 };
 
 inline TileShape choose_tile(const Gpu& gpu, int64_t rows, int64_t columns, int64_t groups) {
+  // With few rows, half a tile more at the end of the list counts.
+  constexpr int64_t kLeastRows = 8 * 128;
+  if (rows / 2 < kLeastRows) return TileShape::kSmall;
   const TileRule* rule = kTileRules;
   while (gpu.capability < rule->capability) ++rule;
   const double listed = static_cast<double>(rows) / 2 * static_cast<double>(groups);

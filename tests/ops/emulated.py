@@ -25,8 +25,8 @@ EMULATOR = Path(__file__).resolve().parent / "emulator"
 ELEMENTS = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bf16"}
 
 _INTEGERS = (
-    "capability allow_tf32 tile blocks seed images height width hidden_height hidden_width "
-    "first_stride stride dilation granularity c_in hidden c_out groups downsample "
+    "capability multiprocessors allow_tf32 tile blocks seed images height width hidden_height "
+    "hidden_width first_stride stride dilation granularity c_in hidden c_out groups downsample "
     "shortcut_channels offset_images"
 )
 
@@ -127,6 +127,7 @@ class Machine:
         tile: 0, 1, 2 for large, medium, small tiles; -1: as the table says.
         blocks: Thread blocks that run at a time, so that kernels have to loop.
         seed: Order of threads and blocks.
+        multiprocessors: Decides, with ``tile=-1``, about the size of tiles.
     """
 
     library: ctypes.CDLL
@@ -135,6 +136,7 @@ class Machine:
     tile: int = -1
     blocks: int = 3
     seed: int = 0
+    multiprocessors: int = 4
 
     def __call__(self, name: str, *arguments):
         """Run an op, such as ``'sparse_bottleneck'``, with its arguments."""
@@ -152,6 +154,7 @@ class Machine:
         keep = [x]  # alive until the call returns
         call = _Call(
             capability=self.capability,
+            multiprocessors=self.multiprocessors,
             allow_tf32=self.allow_tf32,
             tile=self.tile,
             blocks=self.blocks,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from . import cases, emulated
+from . import cases, emulated, kernel_traffic
 from . import test_sparse_ops as sparse
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -94,3 +94,14 @@ def test_drawn_cases(test, kind, tile, libraries):
         cases.TOLERANCE[torch.float32] = TOLERANCE["tf32"]
     machine = emulated.Machine(libraries[dtype], capability, tf32, TILES[tile])
     check_drawn(test, machine, dtype, CHECKS[test])
+
+
+def test_traffic_is_near_the_least(libraries):
+    """At ResNet-101's shapes: bytes and multiplications within 10 % of what is unavoidable."""
+    small = {"layer3.1", "layer4.0", "layer4.1"}
+    for name, block in kernel_traffic.blocks():
+        if name in small:
+            for row in kernel_traffic.measure(block, libraries[kernel_traffic.DTYPE]):
+                kernel, _, _, bytes_ratio, _, _, padding = row
+                assert bytes_ratio <= 1.1, (name, *row)
+                assert padding is None or 1 <= padding <= 1.1, (name, *row)

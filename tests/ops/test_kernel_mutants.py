@@ -1,4 +1,4 @@
-"""The emulator notices what it should: each kernel, broken on purpose in several ways, is caught."""
+"""The emulator notices what it should: each kernel, broken in several ways, is caught."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ using Element = LAS_MM_ELEMENT;
 // What tests/ops/emulated.py passes; absent arrays are null.
 struct Call {
   // How to run.
-  int64_t capability, allow_tf32;
+  int64_t capability, multiprocessors, allow_tf32;
   int64_t tile;    // 0, 1, 2: a TileShape; -1: what the table says
   int64_t blocks;  // that run at once
   int64_t seed;
@@ -42,7 +42,8 @@ std::string report;
 class Device {
  public:
   explicit Device(const Call& call)
-      : gpu{static_cast<int>(call.capability), 4, call.allow_tf32 != 0}, call_(call) {}
+      : gpu{static_cast<int>(call.capability), static_cast<int>(call.multiprocessors),
+            call.allow_tf32 != 0}, call_(call) {}
 
   const Gpu gpu;
 
