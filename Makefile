@@ -24,7 +24,7 @@ help:
 	@echo "make test-slow  also the tests that train for minutes"
 	@echo "make test-gpu   build the CUDA kernels and compare them with the CPU; needs a GPU"
 	@echo "make sanitize   tests of the ops under AddressSanitizer and UBSan (GCC, 3 minutes to build)"
-	@echo "make benchmark  every measurement of docs/performance.md: about 40 minutes, on an idle machine"
+	@echo "make benchmark  every measurement of docs/performance.md: about 15 minutes, on an idle machine"
 	@echo "make setup      only the environment in .venv"
 	@echo "make clean      remove build files and the demo's data and output, to start it anew"
 	@echo "make distclean  remove .venv too"

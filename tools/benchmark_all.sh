@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measurement of docs/performance.md: one JSON file each in the given folder (about 40 minutes
+# Every measurement of docs/performance.md: one JSON file each in the given folder (about 15 minutes
 # on 2 cores), then the table. Let nothing else run meanwhile.
 #   tools/benchmark_all.sh [FOLDER] [NAME ...]     only these, e.g. 8x224 800_bf16
 set -euo pipefail

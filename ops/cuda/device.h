@@ -62,12 +62,23 @@ class Device {
   }
 
  private:
+  static constexpr int kMaxGpus = 64;  // PyTorch's own limit
+
   static Gpu describe(int index) {
-    int major = 0, minor = 0, count = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index));
-    return {10 * major + minor, count, at::globalContext().allowTF32CuDNN()};
+    static std::array<std::atomic<int>, kMaxGpus> capabilities{}, multiprocessors{};
+    if (multiprocessors[index] == 0) {
+      int major = 0, minor = 0, count = 0;
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index));
+      // Code compiled for an older architecture has none of the newer one's instructions, also
+      // where the driver translates it for a newer GPU.
+      cudaFuncAttributes compiled{};
+      C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, entry<MeanRates>));
+      capabilities[index] = std::min(10 * major + minor, compiled.ptxVersion);
+      multiprocessors[index] = count;
+    }
+    return {capabilities[index], multiprocessors[index], at::globalContext().allowTF32CuDNN()};
   }
 
   // Blocks that one multiprocessor of this GPU holds; asked for once per GPU.
@@ -89,7 +100,6 @@ class Device {
     return mine;
   }
 
-  static constexpr int kMaxGpus = 64;  // as PyTorch's own limit
   const int index_;
   at::TensorOptions options_;
   cudaStream_t stream_;
