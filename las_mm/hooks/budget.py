@@ -19,7 +19,8 @@ class BudgetHook(Hook):
     A forward hook on the model does it, so the model's class is untouched, and the term is part
     of the wrapped forward: DDP sees it, autocast and gradient accumulation treat it like any
     other loss. Also logged: ``flops_ratio``, ``activation_rate``,
-    ``activation_rate_stage1`` ... (keys without "loss" are not summed). mmpretrain's classifiers
+    ``activation_rate_stage1`` ... (keys without "loss" are not summed), and ``latency_ratio``
+    where the loss has ``metric='latency'``. mmpretrain's classifiers
     call their own term ``loss``, which hides the total in the log; it is optimised all the same.
 
     Args:
@@ -85,12 +86,17 @@ class BudgetHook(Hook):
     def budget_losses(self, model: nn.Module) -> dict[str, Tensor]:
         """``loss_budget`` and the rates, from the model's last forward pass, over all ranks."""
         activation = collect_activations(model).reduce_mean()
-        report = flops_report(activation)
+        flops = flops_report(activation)
         losses = {
-            "loss_budget": self.loss(activation, self._progress, report),
-            "flops_ratio": report.ratio.detach(),
+            "flops_ratio": flops.ratio.detach(),
             "activation_rate": activation.mean_rate.detach(),
         }
+        if getattr(self.loss, "metric", "flops") == "latency":
+            latency = self.loss.latency_report(activation)
+            losses["loss_budget"] = self.loss(activation, self._progress, flops, latency)
+            losses["latency_ratio"] = latency.ratio.detach()
+        else:
+            losses["loss_budget"] = self.loss(activation, self._progress, flops)
         for stage, rate in activation.stage_rates().items():
             losses[f"activation_rate_stage{stage}"] = rate.detach()
         return losses

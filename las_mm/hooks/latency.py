@@ -9,7 +9,7 @@ from mmengine import dist
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
-from las_mm.latency import LatencyTable, load_device
+from las_mm.latency import LatencyTable, LatencyTables
 from las_mm.models.activation import (
     NetworkActivation,
     collect_activations,
@@ -28,13 +28,14 @@ class PredictedLatencyHook(Hook):
     The prediction is of stem and stages at the batch's true input size, with the true dilated
     rate for conv1, on the device of the analytical model (LAUDNet, arXiv 2308.15949, section 4).
     In training the keys ``latency_ms``, ``static_latency_ms`` and ``latency_ratio`` go to the
-    message hub and so to terminal, JSON log and TensorBoard; in validation and test the means
+    message hub and so to terminal, JSON log and TensorBoard (a BudgetHook that trains to latency
+    logs ``latency_ratio`` itself, on its own device and batch, and this hook leaves it alone); in validation and test the means
     over the data set do, together with ``flops_ratio`` and the activation rates, and a table per
     stage is printed.
 
     Args:
-        device: A shipped device (``v100``, ``rtx3090``, ``rtx3060``, ``tx2``, ``nano``) or the
-            path of a device file. Defaults to ``'v100'``.
+        device: A shipped device (see :func:`las_mm.latency.load_device`) or the path of a device
+            file. Defaults to ``'v100'``.
         batch_size: Images per batch that the prediction assumes. Defaults to the device's.
         interval: Training iterations between two predictions. Defaults to 10.
         setting: ``'full'`` as above, or ``'paper'``: the four stages only, and the block's rate
@@ -68,23 +69,15 @@ class PredictedLatencyHook(Hook):
                 raise ValueError(
                     f"{name} of PredictedLatencyHook must be a positive integer, got {value!r}"
                 )
-        self.device = load_device(device)
-        self.batch_size = batch_size
         self.interval = interval
         self.paper = setting == "paper"
-        self._tables: dict[object, LatencyTable] = {}
+        self.tables = LatencyTables(device, batch_size, include_stem=not self.paper)
+        self.device = self.tables.device
         self._summary = DatasetSummary()
 
     def table(self, activation: NetworkActivation) -> LatencyTable:
         """The tabulated predictor for this network at this input size, built once each."""
-        if activation.shape not in self._tables:
-            self._tables[activation.shape] = LatencyTable(
-                self.device,
-                activation.shape,
-                batch_size=self.batch_size,
-                include_stem=not self.paper,
-            )
-        return self._tables[activation.shape]
+        return self.tables(activation.shape)
 
     def predict(self, activation: NetworkActivation):
         """Predicted seconds per image at the recorded rates."""
@@ -115,6 +108,8 @@ class PredictedLatencyHook(Hook):
             static_latency_ms=1e3 * prediction.static_s,
             latency_ratio=prediction.ratio,
         ).items():
+            if isinstance(outputs, dict) and key in outputs:
+                continue  # logged by BudgetHook
             runner.message_hub.update_scalar(f"train/{key}", value)
 
     def before_val_epoch(self, runner) -> None:

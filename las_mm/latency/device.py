@@ -3,11 +3,13 @@
 A device file is YAML with a ``name`` and, for every number, a value and where it comes from::
 
     name: v100
+    kind: published
     n_pe:
       value: 80
       source: NVIDIA Tesla V100 data sheet (80 SMs)
 
-Numbers are in the unit that the field's name ends in.
+Numbers are in the unit that the field's name ends in. ``kind`` (optional, one of :data:`KINDS`)
+says how far to trust the predictions.
 """
 
 from __future__ import annotations
@@ -23,6 +25,13 @@ import yaml
 
 _DEVICE_DIR = Path(__file__).parent / "devices"
 _BYTES_PER_VALUE = 4  # FP32, the only precision that the model knows
+KINDS = {
+    "published": "the numbers behind the papers' figures, which predictions reproduce",
+    "datasheet": "from data sheets, with estimates of L2 and launch; never compared with the device",
+    "calibrated": "fitted to measurements on the device",
+    "custom": "numbers of the user's own",
+}
+"""What a device's numbers rest on, and what that means, in words for a person."""
 _INTEGERS = ("n_pe", "lanes", "batch_size", "request_width", "macs_in_flight_per_lane")
 
 
@@ -42,9 +51,12 @@ class Device:
         request_width: FP32 values fetched by one memory request.
         macs_in_flight_per_lane: Multiply-accumulates in flight per lane.
         sources: Where each number comes from, by field name. Takes no part in comparisons.
+        kind: What the numbers rest on, one of :data:`KINDS`. Takes no part in comparisons.
+            Defaults to 'custom'.
 
     Raises:
-        ValueError: A number is of the wrong type, not finite or not positive.
+        ValueError: A number is of the wrong type, not finite or not positive, or ``kind`` is
+            unknown.
     """
 
     name: str
@@ -58,12 +70,20 @@ class Device:
     request_width: int = 8
     macs_in_flight_per_lane: int = 4
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    kind: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for key in NUMBER_FIELDS:
             _check_number(key, getattr(self, key))
+
+    @property
+    def note(self) -> str:
+        """One line for people: what predictions for this device rest on."""
+        return f"{self.name}: {self.kind} ({KINDS[self.kind]})"
 
     @property
     def dram_values_per_s(self) -> float:
@@ -82,14 +102,14 @@ class Device:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a device file; ``yaml.safe_dump`` of it loads back as this device."""
-        content: dict[str, Any] = {"name": self.name}
+        content: dict[str, Any] = {"name": self.name, "kind": self.kind}
         for key in NUMBER_FIELDS:
             content[key] = {"value": getattr(self, key), "source": self.sources.get(key, "")}
         return content
 
 
-NUMBER_FIELDS = tuple(f.name for f in fields(Device) if f.name not in ("name", "sources"))
-"""The fields that hold a number, in order: the keys of a device file besides ``name``."""
+NUMBER_FIELDS = tuple(f.name for f in fields(Device) if f.name not in ("name", "sources", "kind"))
+"""The fields that hold a number, in order: the keys of a device file besides the name and kind."""
 
 
 def available_devices() -> list[str]:
@@ -99,6 +119,13 @@ def available_devices() -> list[str]:
 
 def load_device(name_or_path: str | Path | Device) -> Device:
     """Load a device.
+
+    Shipped devices are of two kinds (``Device.kind``, :data:`KINDS`): *published* are ``v100``,
+    ``rtx3090``, ``rtx3060``, ``tx2`` and ``nano``, whose numbers are exactly those of the papers'
+    simulator; *datasheet* are ``a100``, ``h100``, ``rtx4090``, ``orin`` and ``t4``, whose peak
+    numbers are the vendor's and whose L2 and launch figures are estimates: compare networks on
+    one such device, but do not read its milliseconds as measured ones. A file written by a
+    measurement says *calibrated*; one that says nothing is *custom*.
 
     Args:
         name_or_path: A shipped name (any case), the path of a ``.yaml`` or ``.yml`` file, or a
@@ -141,7 +168,8 @@ def _parse(path: Path) -> Device:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    known = ("name", *NUMBER_FIELDS)
+    required = ("name", *NUMBER_FIELDS)
+    known = (*required, "kind")
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected a mapping with the keys {', '.join(known)}, "
@@ -152,7 +180,7 @@ def _parse(path: Path) -> Device:
         raise ValueError(
             f"{path}: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}"
         )
-    missing = [key for key in known if key not in content]
+    missing = [key for key in required if key not in content]
     if missing:
         raise ValueError(
             f"{path}: missing key {', '.join(missing)}; a device file gives every "
@@ -163,7 +191,8 @@ def _parse(path: Path) -> Device:
     for key in NUMBER_FIELDS:
         values[key], sources[key] = _entry(path, key, content[key])
     try:
-        return Device(name=content["name"], sources=sources, **values)
+        kind = content.get("kind", "custom")
+        return Device(name=content["name"], sources=sources, kind=kind, **values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -15,8 +15,18 @@ from .blocks import block_report, downsample_parts, patch_count, spatial_costs, 
 from .device import Device, load_device
 from .report import Report
 from .shapes import BlockShape, NetworkShape, resnet_shape
+from .tiling import PatchCost
 
-__all__ = ["LatencyTable", "Prediction", "block_report", "network_report", "paper_report"]
+__all__ = [
+    "LatencyTable",
+    "Prediction",
+    "block_curves",
+    "block_report",
+    "network_report",
+    "paper_report",
+]
+
+PATCH_COUNTS = ("whole", "mean")
 
 
 def network_report(
@@ -124,9 +134,13 @@ class LatencyTable:
         batch_size: Images per batch. Defaults to the device's.
         points: Entries per curve, at least 2. Defaults to 33.
         include_stem: Whether to count the stem. Defaults to True.
+        patches: ``'whole'``: a rate r of P positions is ceil(r P) patches, as the papers count.
+            ``'mean'``: it is r P patches, whose cost lies on the line between the whole counts
+            below and above, as for images of which some keep one patch more than others: without
+            the steps, which few patches make long, a gradient exists. Defaults to ``'whole'``.
 
     Raises:
-        ValueError: ``points`` or ``batch_size`` is out of range.
+        ValueError: ``points``, ``batch_size`` or ``patches`` is out of range.
     """
 
     def __init__(
@@ -136,7 +150,10 @@ class LatencyTable:
         batch_size: int | None = None,
         points: int = 33,
         include_stem: bool = True,
+        patches: str = "whole",
     ) -> None:
+        if patches not in PATCH_COUNTS:
+            raise ValueError(f"patches must be one of {', '.join(PATCH_COUNTS)}, got {patches!r}")
         if isinstance(points, bool) or not isinstance(points, int) or points < 2:
             raise ValueError(f"points must be an integer >= 2, got {points!r}")
         self.device = load_device(device)
@@ -145,7 +162,10 @@ class LatencyTable:
         self.grid = np.linspace(0.0, 1.0, points)
         # Networks repeat their blocks, which differ in name and stage only.
         keys = [replace(block, name="block", stage=0) for block in network.blocks]
-        curves = {key: self._curves(key) for key in dict.fromkeys(keys)}
+        curves = {
+            key: block_curves(self.device, key, self.grid, self.batch_size, patches)
+            for key in dict.fromkeys(keys)
+        }
         columns = [
             np.stack(column) / self.batch_size for column in zip(*(curves[key] for key in keys))
         ]
@@ -190,28 +210,56 @@ class LatencyTable:
         start = curves[rows, left]
         return start + (position - left) * (curves[rows, left + 1] - start)
 
-    def _curves(self, block: BlockShape) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """One block's (conv1_s, rest_s, fixed_s, static_s), for the whole batch."""
-        static = block_report(
-            self.device, replace(block, mode="static"), batch_size=self.batch_size
-        ).latency_s
-        conv1 = np.zeros_like(self.grid)
-        rest = np.zeros_like(self.grid)
-        if block.mode == "spatial":
-            fused, masker, dynamic, others = spatial_costs(self.device, block, self.batch_size)
-            count = patch_count(self.grid, dynamic.positions)
-            conv1 = np.minimum(fused.latency_s, masker.latency_s + dynamic.seconds(count))
-            for cost in others:
-                rest += cost.seconds(patch_count(self.grid, cost.positions))
-            fixed = sum(r.latency_s for r in downsample_parts(self.device, block, self.batch_size))
-        else:
-            full, empty = (
-                block_report(self.device, block, rate, batch_size=self.batch_size)
-                for rate in (1.0, 0.0)
-            )
-            rest = self.grid * (full.latency_s - empty.latency_s)
-            fixed = empty.latency_s
-        return conv1, rest, fixed, static
+
+def block_curves(
+    device: Device,
+    block: BlockShape,
+    rates: np.ndarray,
+    batch_size: int | None = None,
+    patches: str = "whole",
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """One block's latency at many rates; its tilings are searched once.
+
+    Args:
+        device: The device.
+        block: The block.
+        rates: Rates in [0, 1], shape (points,).
+        batch_size: Images per batch. Defaults to the device's.
+        patches: See :class:`LatencyTable`.
+
+    Returns:
+        (conv1_s, rest_s, fixed_s, static_s), seconds for the whole batch: masker and conv1 of a
+        spatial block at ``rates`` of conv1, shape (points,); what else depends on the rate, at
+        ``rates``, shape (points,); what no rate changes; the same block if it were static.
+    """
+    static = block_report(device, replace(block, mode="static"), batch_size=batch_size).latency_s
+    conv1 = np.zeros_like(rates)
+    rest = np.zeros_like(rates)
+    if block.mode == "spatial":
+        fused, masker, dynamic, others = spatial_costs(device, block, batch_size)
+        conv1 = np.minimum(
+            fused.latency_s, masker.latency_s + _patch_seconds(dynamic, rates, patches)
+        )
+        for cost in others:
+            rest += _patch_seconds(cost, rates, patches)
+        fixed = sum(r.latency_s for r in downsample_parts(device, block, batch_size))
+    else:
+        full, empty = (
+            block_report(device, block, rate, batch_size=batch_size).latency_s
+            for rate in (1.0, 0.0)
+        )
+        rest = rates * (full - empty)
+        fixed = empty
+    return conv1, rest, fixed, static
+
+
+def _patch_seconds(cost: PatchCost, rates: np.ndarray, patches: str) -> np.ndarray:
+    if patches == "whole":
+        return cost.seconds(patch_count(rates, cost.positions))
+    below = np.floor(rates * cost.positions)
+    above = np.minimum(below + 1, cost.positions)
+    start = cost.seconds(below)
+    return start + (rates * cost.positions - below) * (cost.seconds(above) - start)
 
 
 def _rates(name: str, values: float | Sequence[float] | np.ndarray, count: int) -> np.ndarray:

@@ -6,8 +6,8 @@ All sizes are counts: channels, and rows and columns of maps.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 MODES = ("static", "spatial", "layer")
 _EXPANSION = 4  # a ResNet bottleneck's output channels per inner channel
@@ -201,6 +201,27 @@ class NetworkShape:
                 if not isinstance(item, kinds):
                     names = " or ".join(kind.__name__ for kind in kinds)
                     raise ValueError(f"{self.name}: {key} must hold {names}, got {item!r}")
+
+    def stages(self) -> dict[int, tuple[BlockShape, ...]]:
+        """The blocks of each stage, in order: {1: (...), 2: ...}."""
+        stages: dict[int, tuple[BlockShape, ...]] = {}
+        for block in self.blocks:
+            stages[block.stage] = (*stages.get(block.stage, ()), block)
+        return stages
+
+    def static(self) -> NetworkShape:
+        """The same network with every block static."""
+        return replace(self, blocks=tuple(replace(b, mode="static") for b in self.blocks))
+
+    def with_granularity(self, granularity: Mapping[int, int]) -> NetworkShape:
+        """The same network with another S in the spatial blocks of some stages: {stage: S}."""
+        blocks = (
+            replace(b, granularity=granularity[b.stage])
+            if b.mode == "spatial" and b.stage in granularity
+            else b
+            for b in self.blocks
+        )
+        return replace(self, blocks=tuple(blocks))
 
 
 def resnet_shape(

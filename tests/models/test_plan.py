@@ -193,3 +193,9 @@ def test_default_path(monkeypatch, tmp_path):
     monkeypatch.delenv("LAS_MM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert plan.default_path() == tmp_path / "las_mm" / "plan.json"
+
+
+def test_only_a_cpu_is_measured(tmp_path):
+    plan = Plan(tmp_path / "plan.json")
+    assert plan.lookup(KIND, "cuda") == Choice(winograd=False)
+    assert not plan.path.exists()

@@ -53,7 +53,7 @@ def choose(monkeypatch, lookup):
     """Let ``lookup(kind)`` decide how blocks run."""
 
     class Fixed:
-        def lookup(self, kind):
+        def lookup(self, kind, device_type="cpu"):
             return lookup(kind)
 
     monkeypatch.setattr(sparse, "current_plan", Fixed)
@@ -190,7 +190,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", ["spatial", "mixed", "dilated", "avg_down", "odd granularity"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_the_plan(monkeypatch, choice, name):
-    def lookup(kind):
+    def lookup(kind, device_type="cpu"):
         wanted = CHOICES[choice]
         return plan.Choice(
             winograd=wanted.winograd and kind.tiled,
@@ -211,7 +211,7 @@ def test_plan_that_changes_with_the_size(monkeypatch):
     """What one size did not need is packed when another size needs it."""
     choices = {}
 
-    def lookup(kind):
+    def lookup(kind, device_type="cpu"):
         choices[kind.side] = choice = [
             plan.Choice(winograd=kind.tiled),
             plan.Choice(winograd=False),
@@ -748,7 +748,7 @@ def test_exported_program_runs_elsewhere(dynamo, tmp_path):
 def test_threads_share_a_model(monkeypatch, alternate):
     if alternate:  # what one thread chooses or packs late must not disturb the other
 
-        def lookup(kind):
+        def lookup(kind, device_type="cpu"):
             if threading.current_thread().name == "second":
                 return plan.Choice(winograd=False)
             return plan.Choice(winograd=kind.tiled, dense_above=0.5)
@@ -787,7 +787,7 @@ def test_threads_share_a_model(monkeypatch, alternate):
 def test_half_made_choice_of_another_thread(monkeypatch):
     """One thread packs what its choice needs while another, which needs it not, is in the block."""
 
-    def lookup(kind):
+    def lookup(kind, device_type="cpu"):
         return plan.Choice(winograd=threading.current_thread().name != "other")
 
     def fold(block):

@@ -1,0 +1,261 @@
+"""Latency of whatever a user has: a model, a config, or a network's shape."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from .device import Device, load_device
+from .predictor import network_report
+from .report import Report
+from .shapes import NetworkShape
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from torch import nn
+
+Source = Union["nn.Module", "Config", str, Path, NetworkShape]
+Rates = Union[float, Sequence[float], np.ndarray]
+
+
+def predict(
+    source: Source,
+    device: str | Path | Device,
+    input_shape: Sequence[int] | None = None,
+    rates: Rates | None = None,
+    rates_dilated: Rates | None = None,
+    per_image: bool = True,
+) -> Report:
+    """Predicted latency of a dynamic backbone: stem and stages, their blocks, their operators.
+
+    Each node of the tree has seconds of compute, memory and launch; reports add, and
+    ``to_dict()`` gives JSON. Only the backbone is costed: necks and heads have no model here.
+
+    Args:
+        source: What to cost: a module with a LASResNet inside (detector, classifier, backbone),
+            a config or its path, or a network's shape.
+        device: A device, its name or its file; see :func:`load_device` for what its numbers rest
+            on.
+        input_shape: (N, 3, H, W), or (H, W) for the device's batch size. Defaults to None: the
+            size a shape was made for, or a model's last input.
+        rates: Rate of every block, shape (n_blocks,) (those of static blocks are not used), or
+            one for all, in [0, 1]. Defaults to None: what the model's blocks did in its last
+            forward pass, at whatever size that was.
+        rates_dilated: conv1's rates likewise. Defaults to None: as recorded, or ``rates`` where
+            these are given (the papers' setting, without a halo).
+        per_image: Whether to divide by the batch size, as the papers do. Defaults to True.
+
+    Raises:
+        ValueError: No model of latency for something in ``source``, an ``input_shape`` that is
+            none or not the shape's, no rates to go by, or rates out of range.
+        TypeError: ``source`` is nothing of the kind.
+        las_mm.preflight.UserError: The config cannot be read or its model not be built.
+
+    Example:
+        >>> from las_mm.latency import predict, resnet_shape
+        >>> report = predict(resnet_shape(101), "v100", (128, 3, 224, 224), rates=0.5)
+        >>> [stage.name for stage in report.children]
+        ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
+        >>> f"{1e3 * report.latency_s:.3f} ms per image"
+        '1.572 ms per image'
+    """
+    device = load_device(device)
+    batch, size = _split(input_shape)
+    if rates is None and not isinstance(source, (NetworkShape, str, Path, Mapping)):
+        rates, recorded, size = _recorded(source, size)
+        rates_dilated = recorded if rates_dilated is None else rates_dilated
+    network = find_network(source, size)
+    if rates is None:
+        if any(block.mode != "static" for block in network.blocks):
+            raise ValueError(
+                f"{network.name} has dynamic blocks, so its latency depends on their rates: give "
+                "rates (e.g. rates=0.5), or a model that has run on an image"
+            )
+        rates = 1.0
+    return network_report(
+        device, network, rates, rates_dilated, batch_size=batch, per_image=per_image
+    )
+
+
+def find_network(source: Source, input_hw: Sequence[int] | None = None) -> NetworkShape:
+    """The shape of the dynamic backbone in ``source``, for an input of (H, W) pixels.
+
+    Args:
+        source: See :func:`predict`.
+        input_hw: Rows and columns of the input. A shape needs none.
+
+    Raises:
+        ValueError, TypeError, las_mm.preflight.UserError: See :func:`predict`.
+    """
+    if isinstance(source, NetworkShape):
+        if input_hw is not None and tuple(input_hw) != tuple(source.input_hw):
+            raise ValueError(
+                f"{source.name} is the shape of the network for {source.input_hw}, not for "
+                f"{tuple(input_hw)}: make one for that size"
+            )
+        return source
+    if input_hw is None:
+        raise ValueError(
+            "input_shape is needed: (N, 3, H, W), or (H, W) for the device's batch size"
+        )
+    if isinstance(source, (str, Path, Mapping)) or hasattr(source, "_cfg_dict"):
+        backbone = _build_backbone(source)
+    else:
+        backbone = _backbone_of(source)
+    network: NetworkShape = backbone.network_shape(tuple(input_hw))
+    _check_covered(backbone, network)
+    return network
+
+
+def backbone_configs(cfg: Any) -> list[Any]:
+    """The configs of dynamic backbones anywhere below ``cfg.model``: parts of ``cfg``, not copies.
+
+    Only types of this package and classes are recognised.
+    """
+    from las_mm import models  # noqa: F401  fills the registry
+    from las_mm.registry import MODELS
+
+    def is_dynamic(kind: Any) -> bool:
+        if isinstance(kind, str):
+            scope, _, name = kind.rpartition(".")
+            kind = MODELS.module_dict.get(name) if scope in ("", "las_mm") else None
+        return inspect.isclass(kind) and callable(getattr(kind, "network_shape", None))
+
+    def walk(node: Any) -> Iterator[Any]:
+        if isinstance(node, dict):
+            if is_dynamic(node.get("type")):
+                yield node
+            for child in node.values():
+                yield from walk(child)
+        elif isinstance(node, (list, tuple)):
+            for child in node:
+                yield from walk(child)
+
+    return list(walk(cfg.get("model")))
+
+
+def _split(input_shape: Sequence[int] | None) -> tuple[int | None, tuple[int, int] | None]:
+    """(batch size, (H, W)) of an input's shape; None where it does not say."""
+    if input_shape is None:
+        return None, None
+    numbers = tuple(input_shape)
+    whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in numbers)
+    if whole and len(numbers) == 2:
+        return None, (int(numbers[0]), int(numbers[1]))
+    if whole and len(numbers) == 4 and numbers[1] == 3:
+        return int(numbers[0]), (int(numbers[2]), int(numbers[3]))
+    raise ValueError(
+        "input_shape must be (N, 3, H, W), or (H, W) for the device's batch size, all positive "
+        f"integers, got {input_shape!r}"
+    )
+
+
+def _recorded(
+    model: Any, size: tuple[int, int] | None
+) -> tuple[Rates | None, Rates | None, tuple[int, int] | None]:
+    """(rates, dilated rates, input size) of a model's last forward pass, as far as there are."""
+    backbone = _backbone_of(model)
+    try:
+        activation = backbone.network_activation().detach()
+    except RuntimeError as error:
+        if not backbone.maskers() and size is not None:
+            return None, None, size
+        raise ValueError(
+            f"{type(model).__name__} has not run yet, so its blocks have no rates: run it on an "
+            "image, or give input_shape and rates, e.g. rates=0.5"
+        ) from error
+    if bool((activation.rates_channel != 1).any()):
+        raise ValueError("skipping channels has no latency model yet")
+    # Straight-through arithmetic may leave a rate a rounding error above 1.
+    rates, dilated = (
+        values.clamp(0, 1).double().cpu().numpy()
+        for values in (activation.rates, activation.rates_dilated)
+    )
+    return rates, dilated, activation.shape.input_hw if size is None else size
+
+
+def _backbone_of(model: Any) -> Any:
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "latency is predicted for a module, a config, the path of one or a NetworkShape, "
+            f"got {type(model).__name__}"
+        )
+    from las_mm.models.activation import find_dynamic_backbones
+
+    found = find_dynamic_backbones(model)
+    if len(found) != 1:
+        names = ", ".join(name or "the model itself" for name, _ in found) or "none"
+        raise ValueError(
+            f"{type(model).__name__} has no backbone with a latency model: exactly one dynamic "
+            f"backbone such as las_mm.LASResNet (mode='static' for the static network) is "
+            f"needed, found {names}"
+        )
+    return found[0][1]
+
+
+def _build_backbone(source: Any) -> Any:
+    """The backbone of a config or its path, with random weights."""
+    import torch
+    from mmengine.config import Config
+
+    from las_mm import preflight
+    from las_mm.registry import MODELS
+
+    if isinstance(source, (str, Path)):
+        cfg = preflight.load_config(str(source))
+    elif hasattr(source, "_cfg_dict"):
+        cfg = source
+    else:
+        cfg = Config(dict(source))
+    if not cfg.get("model"):
+        raise ValueError("the config has no model to predict the latency of")
+    found = backbone_configs(cfg)
+    if len(found) != 1:
+        # None or several: the model itself knows best.
+        return _backbone_of(preflight.build_model(cfg))
+    # Not preflight.build_model, which would change the default scope of a running process.
+    try:
+        with torch.random.fork_rng(devices=[]):  # a prediction changes no random numbers
+            return MODELS.build(dict(found[0], init_cfg=None))
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise preflight.UserError(f"the config's backbone cannot be built: {reason[-1]}") from error
+
+
+def _check_covered(backbone: Any, network: NetworkShape) -> None:
+    """Every layer with weights is one that the shape counts, or is fused into one.
+
+    Raises:
+        ValueError: Some layer would cost nothing.
+    """
+    from torch import nn
+    from torch.nn.modules.batchnorm import _NormBase
+
+    maskers = {part for masker in backbone.maskers() for part in masker.modules()}
+    convs = 0
+    for name, module in backbone.named_modules():
+        if module in maskers or not list(module.parameters(recurse=False)):
+            continue
+        if isinstance(module, nn.Conv2d):
+            convs += 1
+        elif not isinstance(module, (_NormBase, nn.GroupNorm)):  # these go into a convolution
+            raise ValueError(
+                f"{name} of {type(backbone).__name__} is a {type(module).__name__}, for which "
+                "there is no latency model"
+            )
+    expected = sum(hasattr(layer, "c_in") for layer in network.stem)
+    expected += sum(3 + block.downsample for block in network.blocks)
+    if convs != expected:
+        raise ValueError(
+            f"{type(backbone).__name__} has {convs} convolutions, its shape counts {expected}: "
+            "there is no latency model for the others"
+        )

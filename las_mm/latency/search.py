@@ -1,0 +1,376 @@
+"""Which granularity S each stage should have on a device: a search with the latency model.
+
+What is searched. A stage's latency is the sum of its blocks', and in the model no block depends on
+another, so neither do stages: each is searched alone, and the best settings of the network are
+sums of the stages' rankings. Candidates are all S from 1 to the longer side of the stage's map
+that matter: of the S that cut the map into the same number of rows and columns of patches only
+the smallest is kept, since the others compute the same patches with more padding.
+
+What the model leaves out, and a person has to weigh:
+
+- *Accuracy.* A mask of coarse patches follows the image worse, so at the same rate it keeps less
+  of what matters, or needs a higher rate for the same accuracy. The search compares latencies at
+  equal rates, where the coarsest patches often win (as one patch per map, which is layer skipping,
+  would); ``min_patches`` sets a limit.
+- *Halos.* conv1 computes what conv2 reads: the kept patches and a rim of one pixel. The rim is
+  the larger against the patch the finer S is (up to 9 positions per kept one at S=1, 1.6 at S=8,
+  for isolated patches; less where neighbours are kept). Here conv1 has the rate of the block, as
+  in the published figures, which flatters fine patches.
+- *Edges.* Where S does not divide the map, the last row or column of patches is cut off. The
+  model charges whole patches, so such an S is judged a little too dear.
+- *Whole patches.* A rate r of P patches counts as ceil(r P) patches, as in the published figures:
+  with few patches the charged rate may be well above r.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .blocks import stem_report
+from .device import Device, load_device
+from .predictor import block_curves
+from .shapes import BlockShape, NetworkShape
+
+_RESOLUTION = 1000  # break-even rates are found to 1/1000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One granularity for one stage. Times in seconds per image.
+
+    Attributes:
+        granularity: Side S of a patch in outputs.
+        rows, columns: Patches along the sides of the stage's map.
+        ragged: Whether S does not divide the map, so that edge patches are cut off.
+        latency_s: The stage at the expected rate.
+        ratio: That over the static stage.
+        break_even: The rate below which the stage is faster than the static stage, from 0 (never)
+            to 1 (always), to 1/1000.
+    """
+
+    granularity: int
+    rows: int
+    columns: int
+    ragged: bool
+    latency_s: float
+    ratio: float
+    break_even: float
+
+
+@dataclass(frozen=True)
+class StageSearch:
+    """All granularities of one stage, fastest first. Times in seconds per image.
+
+    Attributes:
+        stage: Number of the stage, from 1.
+        map_hw: Rows and columns of its map.
+        static_s: Latency of the static stage.
+        layer_s: Latency of the stage skipping whole layers at the same rate, to compare with.
+        choices: By latency; of equals the finer one comes first.
+        chosen: The finest of those that are as fast as the fastest but for the tolerance.
+    """
+
+    stage: int
+    map_hw: tuple[int, int]
+    static_s: float
+    layer_s: float
+    choices: tuple[Choice, ...]
+    chosen: Choice
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A granularity for every stage of a network.
+
+    Attributes:
+        granularity: S per stage, in order; 1 for a stage that has no patches.
+        latency_s: Seconds per image of the backbone, stem included, at the expected rate.
+        ratio: That over the static backbone.
+    """
+
+    granularity: tuple[int, ...]
+    latency_s: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What :func:`search_granularity` found.
+
+    Attributes:
+        device: The device.
+        network: The searched network, with its own granularity.
+        batch_size: Images per batch.
+        rate: The expected activation rate of every block.
+        static_s: Seconds per image of the static backbone.
+        stages: Stages whose blocks are spatial, in order.
+        settings: The best settings of the whole network, fastest first.
+        chosen: The setting of the stages' chosen granularities.
+        current: The network's own setting, where it has one S per stage.
+    """
+
+    device: Device
+    network: NetworkShape
+    batch_size: int
+    rate: float
+    static_s: float
+    stages: tuple[StageSearch, ...]
+    settings: tuple[Setting, ...]
+    chosen: Setting
+    current: Setting | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain dicts and lists, times in seconds."""
+
+        def plain(item: Choice | Setting) -> dict[str, Any]:
+            return dict(vars(item))
+
+        return {
+            "device": self.device.name,
+            "kind": self.device.kind,
+            "network": self.network.name,
+            "input_hw": list(self.network.input_hw),
+            "batch_size": self.batch_size,
+            "rate": self.rate,
+            "static_s": self.static_s,
+            "stages": [
+                {
+                    "stage": found.stage,
+                    "map_hw": list(found.map_hw),
+                    "static_s": found.static_s,
+                    "layer_s": found.layer_s,
+                    "choices": [plain(choice) for choice in found.choices],
+                    "chosen": found.chosen.granularity,
+                }
+                for found in self.stages
+            ],
+            "settings": [plain(setting) for setting in self.settings],
+            "chosen": plain(self.chosen),
+            "current": None if self.current is None else plain(self.current),
+        }
+
+
+def candidates(map_hw: Sequence[int], min_patches: int = 1, ragged: bool = True) -> list[int]:
+    """The granularities that matter on a map of (H, W) outputs, ascending.
+
+    Args:
+        map_hw: Rows and columns of the map.
+        min_patches: Least number of patches that the map is cut into.
+        ragged: Whether S may leave cut-off patches at the edges.
+    """
+    height, width = map_hw
+    sides: dict[tuple[int, int], int] = {}
+    for side in range(1, max(height, width) + 1):
+        rows, columns = -(-height // side), -(-width // side)
+        if rows * columns >= min_patches and (ragged or not (height % side or width % side)):
+            sides.setdefault((rows, columns), side)
+    return sorted(sides.values())
+
+
+def search_granularity(
+    device: str | Path | Device,
+    network: NetworkShape,
+    rate: float = 0.5,
+    batch_size: int | None = None,
+    min_patches: int = 1,
+    ragged: bool = True,
+    top: int = 5,
+    tolerance: float = 0.01,
+) -> SearchResult:
+    """Find the fastest granularity of every spatial stage; see this module for the limits.
+
+    Chosen is, per stage, the finest S within ``tolerance`` of the fastest: the model is not exact
+    to a percent, and finer masks follow the image better.
+
+    Args:
+        device: A device, its name or its file.
+        network: The network at the input size to search for. Stages that are static or skip
+            layers stay what they are.
+        rate: Expected activation rate of every block, in [0, 1]. Defaults to 0.5.
+        batch_size: Images per batch. Defaults to the device's.
+        min_patches: Least number of patches in a map. Defaults to 1.
+        ragged: Whether to consider S that do not divide the map. Defaults to True.
+        top: Settings of the whole network to return, at least 1. Defaults to 5.
+        tolerance: Share of a stage's latency that counts as equal. Defaults to 0.01.
+
+    Raises:
+        ValueError: No stage is spatial, no S has ``min_patches``, or an argument is out of range.
+    """
+    device = load_device(device)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ValueError(f"rate must be a number in [0, 1], got {rate!r}")
+    for name, value in dict(min_patches=min_patches, top=top).items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
+        raise ValueError(f"tolerance must be a number >= 0, got {tolerance!r}")
+    images = device.batch_size if batch_size is None else batch_size
+    curves = _Curves(device, rate, images)
+    fixed_s = stem_report(device, network, images).latency_s / images
+    static_s = fixed_s
+    found = []
+    for stage, blocks in network.stages().items():
+        latency, stage_static = curves.stage(blocks)
+        static_s += stage_static
+        if any(block.mode == "spatial" for block in blocks):
+            found.append(_search_stage(curves, stage, blocks, min_patches, ragged, tolerance))
+        else:
+            fixed_s += float(latency[-1])
+    if not found:
+        raise ValueError(
+            f"{network.name} has no spatial stage, so there is no granularity to choose: set mode "
+            "to 'spatial' for some or all stages"
+        )
+
+    def setting(chosen: Sequence[Choice]) -> Setting:
+        sides = {stage.stage: choice.granularity for stage, choice in zip(found, chosen)}
+        latency = fixed_s + sum(choice.latency_s for choice in chosen)
+        granularity = tuple(sides.get(stage, 1) for stage in network.stages())
+        return Setting(granularity, latency, latency / static_s)
+
+    return SearchResult(
+        device,
+        network,
+        images,
+        float(rate),
+        static_s,
+        tuple(found),
+        tuple(setting(chosen) for chosen in _best_combinations(found, top)),
+        setting([stage.chosen for stage in found]),
+        _current_setting(network, curves, fixed_s, static_s),
+    )
+
+
+def latency_against_rate(
+    device: str | Path | Device,
+    network: NetworkShape,
+    granularity: Sequence[int],
+    rates: np.ndarray,
+    batch_size: int | None = None,
+) -> tuple[np.ndarray, float]:
+    """Latency of one setting at many rates.
+
+    Args:
+        device: A device, its name or its file.
+        network: The network; its spatial stages get the given granularity.
+        granularity: S per stage.
+        rates: Rates of all blocks, shape (points,), in [0, 1].
+        batch_size: Images per batch. Defaults to the device's.
+
+    Returns:
+        (latency, static latency): seconds per image, stem included, shape (points,) and one.
+
+    Raises:
+        ValueError: ``granularity`` has not one entry per stage.
+    """
+    device = load_device(device)
+    images = device.batch_size if batch_size is None else batch_size
+    stages = network.stages()
+    if len(granularity) != len(stages):
+        raise ValueError(
+            f"granularity needs one S per stage ({len(stages)}), got {tuple(granularity)}"
+        )
+    chosen = network.with_granularity(dict(zip(stages, granularity)))
+    stem = stem_report(device, network, images).latency_s / images
+    latency, static = np.full(len(rates), stem), stem
+    memo: dict[BlockShape, tuple[np.ndarray, float]] = {}
+    for block in chosen.blocks:
+        key = replace(block, name="block", stage=0)
+        if key not in memo:
+            conv1, rest, fixed, whole = block_curves(device, key, rates, images)
+            memo[key] = ((conv1 + rest + fixed) / images, whole / images)
+        latency = latency + memo[key][0]
+        static += memo[key][1]
+    return latency, static
+
+
+class _Curves:
+    """Latencies of stages at a fine grid of rates and, as the last entry, at the expected one."""
+
+    def __init__(self, device: Device, rate: float, images: int) -> None:
+        self.device, self.images = device, images
+        self.rates = np.append(np.arange(_RESOLUTION + 1) / _RESOLUTION, rate)
+        self._blocks: dict[BlockShape, tuple[np.ndarray, float]] = {}
+
+    def stage(self, blocks: Sequence[BlockShape]) -> tuple[np.ndarray, float]:
+        """Seconds per image at all rates, and of the static stage."""
+        parts = [self._block(replace(block, name="block", stage=0)) for block in blocks]
+        return np.sum([part[0] for part in parts], axis=0), sum(part[1] for part in parts)
+
+    def _block(self, key: BlockShape) -> tuple[np.ndarray, float]:
+        if key not in self._blocks:
+            conv1, rest, fixed, static = block_curves(self.device, key, self.rates, self.images)
+            self._blocks[key] = ((conv1 + rest + fixed) / self.images, static / self.images)
+        return self._blocks[key]
+
+    def break_even(self, latency: np.ndarray, static_s: float) -> float:
+        """The first rate of the grid at which a stage is no faster than ``static_s``; 1: none."""
+        slower = latency[:-1] >= static_s
+        return float(self.rates[int(np.argmax(slower))]) if slower.any() else 1.0
+
+
+def _search_stage(
+    curves: _Curves,
+    stage: int,
+    blocks: Sequence[BlockShape],
+    min_patches: int,
+    ragged: bool,
+    tolerance: float,
+) -> StageSearch:
+    height, width = blocks[-1].h_out, blocks[-1].w_out
+    sides = candidates((height, width), min_patches, ragged)
+    if not sides:
+        raise ValueError(
+            f"stage {stage} has a map of {height} x {width}, too small for min_patches="
+            f"{min_patches} patches"
+        )
+    choices = []
+    for side in sides:
+        latency, static_s = curves.stage(_with_side(blocks, side))
+        choices.append(
+            Choice(
+                granularity=side,
+                rows=-(-height // side),
+                columns=-(-width // side),
+                ragged=bool(height % side or width % side),
+                latency_s=float(latency[-1]),
+                ratio=float(latency[-1]) / static_s,
+                break_even=curves.break_even(latency, static_s),
+            )
+        )
+    layer, static_s = curves.stage([replace(block, mode="layer") for block in blocks])
+    choices.sort(key=lambda choice: (choice.latency_s, choice.granularity))
+    limit = choices[0].latency_s * (1 + tolerance)
+    chosen = min((c for c in choices if c.latency_s <= limit), key=lambda c: c.granularity)
+    return StageSearch(stage, (height, width), static_s, float(layer[-1]), tuple(choices), chosen)
+
+
+def _with_side(blocks: Sequence[BlockShape], side: int) -> list[BlockShape]:
+    return [replace(b, granularity=side) if b.mode == "spatial" else b for b in blocks]
+
+
+def _best_combinations(found: Sequence[StageSearch], top: int) -> list[tuple[Choice, ...]]:
+    # The best `top` sums take only the best `top` of each stage.
+    ranked = itertools.product(*(stage.choices[:top] for stage in found))
+    return heapq.nsmallest(top, ranked, key=lambda chosen: sum(c.latency_s for c in chosen))
+
+
+def _current_setting(
+    network: NetworkShape, curves: _Curves, fixed_s: float, static_s: float
+) -> Setting | None:
+    sides, latency = [], fixed_s
+    for blocks in network.stages().values():
+        own = {block.granularity for block in blocks if block.mode == "spatial"}
+        if len(own) > 1:
+            return None  # one S per block
+        sides.append(own.pop() if own else 1)
+        if any(block.mode == "spatial" for block in blocks):
+            latency += float(curves.stage(blocks)[0][-1])
+    return Setting(tuple(sides), latency, latency / static_s)
