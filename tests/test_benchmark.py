@@ -265,6 +265,7 @@ def test_result_and_sweep(benchmark, tmp_path):
     assert (env["threads"], env["shape"], env["mode"]) == (1, [1, 3, 64, 64], ["spatial"])
     assert result["skipped"] == []
     assert result["whole_model"]["latency_ratio"] > 0
+    assert "random" in result["whole_model"]["note"]
     assert plot.stat().st_size > 0
 
 

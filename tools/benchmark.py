@@ -205,7 +205,10 @@ def time_whole(args: argparse.Namespace, candidate: Candidate, subject, rows, se
     contest.time_contestants(pair, args.rounds, args.warmup, say)
     static, dynamic = pair
     ratio = dynamic.median / static.median
-    return dict(static=report.times(static), dynamic=report.times(dynamic), latency_ratio=ratio)
+    times = dict(static=report.times(static), dynamic=report.times(dynamic), latency_ratio=ratio)
+    if not args.checkpoint:
+        times["note"] = "random weights: the heads' time depends on random boxes; use --checkpoint"
+    return times
 
 
 def measure_memory(args: argparse.Namespace, say) -> dict[str, float]:

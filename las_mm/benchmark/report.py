@@ -198,6 +198,8 @@ def summary(result: dict) -> list[str]:
             f"whole model: static eager {whole['static']['median_ms']:.2f} ms, "
             f"las_mm {whole['dynamic']['median_ms']:.2f} ms, ratio {whole['latency_ratio']:.3f}"
         )
+        if "note" in whole:
+            lines.append(f"({whole['note']})")
     if "peak_memory_mb" in result:
         peaks = (f"{name} {peak:.0f} MiB" for name, peak in result["peak_memory_mb"].items())
         lines.append(f"peak memory: {', '.join(peaks)}")
