@@ -34,9 +34,10 @@ class BudgetLoss(nn.Module):
     rate, piecewise linear in the rates through tabulated blocks. A rate between two whole numbers
     of patches costs the mean of both, where :class:`PredictedLatencyHook` rounds up: its ratio is
     a little higher. The bounds stay on FLOPs: they keep a block's *rate* from collapsing early,
-    of which its FLOPs ratio is the measure on every device, while the latency ratios that a block
-    can reach at all differ (1.6 with everything skipped cheaply, 0.5 with nothing left to do) and
-    would hold blocks to something out of their reach.
+    of which its FLOPs ratio is the measure on every device. The latency ratios that a block can
+    reach at all differ by device and granularity (in stage 1 on a V100 at S=1 from about 0.4 with
+    nothing left to compute to 2.9 with everything), so bounds on them would ask for the
+    impossible.
 
     Args:
         target: t in (0, 1], the wanted C_dyn / C_static.
@@ -90,12 +91,11 @@ class BudgetLoss(nn.Module):
                 f"metric of BudgetLoss must be one of {', '.join(METRICS)}, got {metric!r}"
             )
         if metric == "flops":
-            for name, value in dict(device=device, batch_size=batch_size).items():
-                if value is not None:
-                    raise ValueError(
-                        f"{name} of BudgetLoss needs metric='latency': FLOPs are the same on "
-                        f"every device and batch, got {name}={value!r}"
-                    )
+            if device is not None or batch_size is not None:
+                raise ValueError(
+                    "device and batch_size of BudgetLoss need metric='latency', as FLOPs are the "
+                    f"same everywhere, got device={device!r}, batch_size={batch_size!r}"
+                )
             return
         positive = isinstance(batch_size, int) and not isinstance(batch_size, bool)
         if batch_size is not None and not (positive and batch_size > 0):
@@ -127,16 +127,14 @@ class BudgetLoss(nn.Module):
             report: ``flops_report(activation)`` where the caller has it already.
             latency: ``self.latency_report(activation)`` likewise.
         """
-        bounded = bool(self.bounds_weight and activation.dynamic)
-        if report is None and (bounded or self.metric == "flops"):
-            report = flops_report(activation)
-        ratio = None
         if self.metric == "latency":
-            ratio = (self.latency_report(activation) if latency is None else latency).ratio
-        elif report is not None:
+            ratio = (latency or self.latency_report(activation)).ratio
+        else:
+            report = report or flops_report(activation)
             ratio = report.ratio
         loss = self.network_weight * (ratio - self.target).square()
-        if bounded:
+        if self.bounds_weight and activation.dynamic:
+            report = report or flops_report(activation)
             lower, upper = self.bounds(progress)
             ratios = report.block_ratios[activation.dynamic]
             excess = (ratios - upper).clamp(min=0).square() + (lower - ratios).clamp(min=0).square()

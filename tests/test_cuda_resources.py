@@ -313,11 +313,11 @@ class TestChecks:
     def test_table(self, resources, make):
         table = resources.rows([make(), make(75)], [75, 80, 86])
         assert table == [
-            ["kernel", "threads", "shared, KiB", "blocks", "sm_75", "sm_80", "sm_86"],
+            ["kernel", "threads", "shared bytes", "blocks", "sm_75", "sm_80", "sm_86"],
             [
                 "SparseGemm half 128x128 tensor cores",
                 "256",
-                "57",
+                "58368",
                 "2",
                 "128 / 1 / 8",
                 "128 / 2 / 16",
@@ -326,7 +326,7 @@ class TestChecks:
         ]
         lines = resources.markdown(table, "Note.").splitlines()
         assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-        assert lines[2].startswith("| SparseGemm half 128x128 tensor cores | 256 | 57 |")
+        assert lines[2].startswith("| SparseGemm half 128x128 tensor cores | 256 | 58368 |")
         assert lines[-1] == "Note."
 
 

@@ -1,8 +1,12 @@
-"""tools/train.py and tools/test.py: what they refuse, in one line, and one run of both."""
+"""tools/train.py and tools/test.py: what they refuse, in one line, and one run of both.
+
+And of the tools that predict latency, what they print and write.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pickle
 import subprocess
@@ -15,6 +19,7 @@ from mmengine.config import Config
 
 from las_mm import preflight
 from las_mm.hooks import PredictedLatencyHook
+from las_mm.latency import predict, resnet_shape, search_granularity
 from las_mm.models import LASResNet
 from las_mm.registry import MODELS
 
@@ -235,7 +240,7 @@ def test_static_initial_weights_with_a_classifier_fit(configure, demo_coco, monk
     "hook, words",
     [
         (dict(device="v100"), "needs type="),
-        (dict(type=PredictedLatencyHook, device="a100"), "las_mm.PredictedLatencyHook: "),
+        (dict(type=PredictedLatencyHook, device="v1000"), "las_mm.PredictedLatencyHook: "),
     ],
 )
 def test_hooks_without_a_registered_name(hook, words, config):
@@ -434,3 +439,189 @@ def test_train_then_test(tiny_config, tmp_path):
     predictions = pickle.loads(out.read_bytes())
     assert len(predictions) == 3
     assert {"img_id", "pred_instances"} <= set(predictions[0])
+
+
+# ---- tools/predict_latency.py and tools/search_granularity.py
+
+
+LASNET = ROOT / "configs" / "mask_rcnn_lasnet_r101.py"
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """``say('predict_latency', *arguments)``: what the tool prints, or the error it exits with."""
+    monkeypatch.setenv("LAS_MM_PRETRAINED", "none")
+
+    def call(name: str, *arguments: object) -> str:
+        try:
+            load_tool(name).main(list(map(str, arguments)))
+        except SystemExit as end:
+            assert str(end.code).startswith(f"{name}.py: error: ")
+            assert "\n" not in end.code
+            return end.code
+        return capsys.readouterr().out
+
+    return call
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the row of a table that begins with ``first``."""
+    (row,) = (line for line in text.splitlines() if line.startswith(f"│ {first} "))
+    return [cell.strip() for cell in row.strip("│").split("│")]
+
+
+def test_predict_latency(say, tmp_path):
+    out = tmp_path / "folder" / "prediction.json"
+    arguments = [LASNET, "--device", "v100", "--shape", 224, 224, "--rate", 0.5]
+    text = say("predict_latency", *arguments, "--depth-of-tree", 2, "--json", out)
+    found = json.loads(out.read_text())
+    report = predict(resnet_shape(101), "v100", rates=0.5)
+    assert found["dynamic"]["latency_s"] == pytest.approx(report.latency_s)
+    assert found["ratio"] == pytest.approx(
+        report.latency_s / predict(resnet_shape(101).static(), "v100").latency_s
+    )
+    assert "batch 128 of 224 x 224, rate 0.5" in text
+    assert "v100: published" in text
+    for name, part, whole in zip(
+        ["stem", "stage1", "stage2", "stage3", "stage4"],
+        found["dynamic"]["children"],
+        found["static"]["children"],
+    ):
+        times = [f"{1e3 * report['latency_s']:.3f}" for report in (whole, part)]
+        ratio = f"{part['latency_s'] / whole['latency_s']:.3f}"
+        assert cells(text, name)[3:] == [*times, ratio]
+    assert cells(text, "backbone")[-1] == f"{found['ratio']:.3f}"
+    assert cells(text, "stage3")[1:3] == ["23", "spatial S=2"]
+    assert any(line.startswith("    layer3.0") for line in text.splitlines())  # the tree
+    assert "masker_conv1" not in text  # a level below
+
+
+def test_predict_latency_with_another_mode_and_granularity(say, tmp_path):
+    out = tmp_path / "prediction.json"
+    arguments = ["--device", "h100", "--shape", 64, 96, "--batch", 2, "--json", out]
+    modes = ["--mode", "spatial", "static", "layer", "spatial", "--granularity", 8, 4, 2, 2]
+    text = say("predict_latency", LASNET, *arguments, *modes, "--rate", 0.4, "--rate-dilated", 0.6)
+    assert [cells(text, f"stage{i}")[2] for i in range(1, 5)] == [
+        "spatial S=8", "static", "layer", "spatial S=2",
+    ]  # fmt: skip
+    shape = resnet_shape(101, (64, 96), modes[1:5], (8, 4, 2, 2))
+    expected = predict(shape, "h100", (2, 3, 64, 96), rates=0.4, rates_dilated=0.6)
+    assert json.loads(out.read_text())["dynamic"]["latency_s"] == pytest.approx(expected.latency_s)
+    assert "h100: datasheet (from data sheets; L2 and launch estimated" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "v1000"], "unknown device 'v1000'; shipped devices: a100,"),
+        (["--device", "none.yaml"], "no device file at none.yaml"),
+        (["--device", "v100", "--rate", "1.5"], "rates must lie in [0, 1], got 1.5"),
+        (["--device", "v100", "--rate", "0.5", "0.5"], "one entry per block (33)"),
+        (["--device", "v100", "--shape", "0", "5"], "--shape must be two positive integers"),
+        (["--device", "v100", "--batch", "0"], "--batch must be a positive integer"),
+        (["--device", "v100", "--granularity", "3", "3"], "granularity needs one value or 4"),
+        (["--device", "v100", "--depth-of-tree", "-1"], "--depth-of-tree must be at least 0"),
+        (["--device", "v100", "--json", "{tmp}"], "is a folder; name a file"),
+        ([], "required: --device"),
+    ],
+)
+def test_predict_latency_refuses(arguments, words, say, tmp_path):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert words in say("predict_latency", LASNET, *arguments)
+
+
+@pytest.mark.parametrize("tool", ["predict_latency", "search_granularity"])
+def test_latency_tools_need_a_config_with_a_dynamic_backbone(tool, say, tmp_path):
+    shape = ["--device", "v100", "--shape", 64, 64]
+    assert "config file gone.py does not exist" in say(tool, "gone.py", *shape)
+    static = tmp_path / "static.py"
+    static.write_text("model = dict(type='mmpretrain.ResNet', depth=50)\n")
+    assert "ResNet has no backbone with a latency model" in say(tool, static, *shape)
+
+
+def test_search_granularity(say, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = {name: tmp_path / "out" / name for name in ("found.json", "plot.png", "best.py")}
+    text = say(
+        "search_granularity", LASNET, "--device", "v100", "--shape", 224, 224, "--top", 3,
+        *("--json", files["found.json"], "--plot", files["plot.png"], "--write", files["best.py"]),
+    )  # fmt: skip
+    expected = search_granularity("v100", resnet_shape(101), top=3)
+    (found,) = json.loads(files["found.json"].read_text())["results"]
+    assert found["chosen"]["granularity"] == list(expected.chosen.granularity)
+    assert found["chosen"]["latency_s"] == pytest.approx(expected.chosen.latency_s)
+    assert len(found["settings"]) == 3
+    for stage in expected.stages:
+        assert f"stage {stage.stage}, map {stage.map_hw[0]} x {stage.map_hw[1]}" in text
+    rows = [line for line in text.splitlines() if line.startswith("│ chosen")]
+    assert [row.split("│")[2].strip() for row in rows[:4]] == [
+        str(side) for side in expected.chosen.granularity
+    ]
+    assert "-".join(map(str, expected.chosen.granularity)) in rows[4]
+    assert cells(text, "config")[1] == "4-4-2-1"
+    assert "v100: published" in text
+    assert files["plot.png"].read_bytes().startswith(b"\x89PNG")
+
+    cfg = Config.fromfile(files["best.py"])
+    base = Config.fromfile(LASNET)
+    assert cfg.model.backbone.granularity == expected.chosen.granularity
+    cfg.model.backbone.granularity = base.model.backbone.granularity
+    assert cfg.model == base.model  # nothing else has changed
+    prediction = tmp_path / "again.json"
+    again = [files["best.py"], "--device", "v100", "--shape", 224, 224, "--json", prediction]
+    say("predict_latency", *again)
+    dynamic = json.loads(prediction.read_text())["dynamic"]["latency_s"]
+    assert dynamic == pytest.approx(expected.chosen.latency_s, rel=0.01)
+
+
+def test_search_granularity_on_several_devices(say, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["--devices", "v100", "tx2", "orin", "h100", "--shape", 96, 128, "--batch", 2]
+    out, plot = tmp_path / "found.json", tmp_path / "plot.png"
+    text = say("search_granularity", LASNET, *arguments, "--json", out, "--plot", plot)
+    content = json.loads(out.read_text())
+    assert [found["device"] for found in content["results"]] == ["v100", "tx2", "orin", "h100"]
+    curves = content["comparison"]
+    for found in content["results"]:
+        assert f"{found['device']}: {found['kind']}" in text
+        own = curves["devices"][found["device"]]
+        assert own["static_s"] == pytest.approx(found["static_s"])
+        setting = "-".join(map(str, found["chosen"]["granularity"]))
+        half = own["latency_s"][setting][curves["rates"].index(0.5)]
+        assert half == pytest.approx(found["chosen"]["latency_s"])
+        assert "4-4-2-1" in own["latency_s"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "v1000"], "unknown device 'v1000'"),
+        (["--device", "v100", "--devices", "tx2"], "not allowed with argument"),
+        (["--device", "v100", "--rate", "2"], "rate must be a number in [0, 1], got 2.0"),
+        (["--device", "v100", "--plot", "a.txt"], "--plot must end in one of .png"),
+        (["--device", "v100", "--write", "a.yaml"], "--write must end in .py"),
+        (["--devices", "v100", "tx2", "--write", "a.py"], "--write needs --device"),
+        (["--device", "v100", "--min-patches", "9999"], "too small for min_patches=9999"),
+        (["--device", "v100", "--top", "0"], "top must be a positive integer"),
+        (["--device", "v100", "--batch", "-1"], "--batch must be a positive integer"),
+    ],
+)
+def test_search_granularity_refuses(arguments, words, say):
+    assert words in say("search_granularity", LASNET, "--shape", "224", "224", *arguments)
+
+
+def test_search_granularity_of_static_networks(say):
+    twin = ROOT / "configs" / "mask_rcnn_resnet_r101.py"
+    text = say("search_granularity", twin, "--device", "v100", "--shape", 64, 64)
+    assert "no spatial stage" in text and "set mode to 'spatial'" in text
+
+
+def test_search_granularity_writes_only_what_the_config_has(say, tmp_path):
+    bare = tmp_path / "bare.py"
+    bare.write_text("model = dict(type='las_mm.LASResNet', depth=50)\n")
+    arguments = [bare, "--device", "v100", "--shape", 64, 64]
+    assert "chosen" in say("search_granularity", *arguments)
+    text = say("search_granularity", *arguments, "--write", tmp_path / "best.py")
+    assert "--write sets model.backbone.granularity" in text
+    assert not (tmp_path / "best.py").exists()

@@ -28,10 +28,10 @@ class PredictedLatencyHook(Hook):
     The prediction is of stem and stages at the batch's true input size, with the true dilated
     rate for conv1, on the device of the analytical model (LAUDNet, arXiv 2308.15949, section 4).
     In training the keys ``latency_ms``, ``static_latency_ms`` and ``latency_ratio`` go to the
-    message hub and so to terminal, JSON log and TensorBoard (a BudgetHook that trains to latency
-    logs ``latency_ratio`` itself, on its own device and batch, and this hook leaves it alone); in validation and test the means
-    over the data set do, together with ``flops_ratio`` and the activation rates, and a table per
-    stage is printed.
+    message hub and so to terminal, JSON log and TensorBoard (where BudgetHook trains to latency,
+    ``latency_ratio`` is its own, for its device and batch); in validation and test the means over
+    the data set do, together with ``flops_ratio`` and the activation rates, and a table per stage
+    is printed.
 
     Args:
         device: A shipped device (see :func:`las_mm.latency.load_device`) or the path of a device

@@ -27,7 +27,7 @@ _DEVICE_DIR = Path(__file__).parent / "devices"
 _BYTES_PER_VALUE = 4  # FP32, the only precision that the model knows
 KINDS = {
     "published": "the numbers behind the papers' figures, which predictions reproduce",
-    "datasheet": "from data sheets, with estimates of L2 and launch; never compared with the device",
+    "datasheet": "from data sheets; L2 and launch estimated, not compared with the device",
     "calibrated": "fitted to measurements on the device",
     "custom": "numbers of the user's own",
 }

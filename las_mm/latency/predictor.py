@@ -32,8 +32,8 @@ PATCH_COUNTS = ("whole", "mean")
 def network_report(
     device: str | Path | Device,
     network: NetworkShape,
-    rates: float | Sequence[float],
-    rates_dilated: float | Sequence[float] | None = None,
+    rates: float | Sequence[float] | np.ndarray,
+    rates_dilated: float | Sequence[float] | np.ndarray | None = None,
     batch_size: int | None = None,
     include_stem: bool = True,
     per_image: bool = True,
@@ -152,8 +152,6 @@ class LatencyTable:
         include_stem: bool = True,
         patches: str = "whole",
     ) -> None:
-        if patches not in PATCH_COUNTS:
-            raise ValueError(f"patches must be one of {', '.join(PATCH_COUNTS)}, got {patches!r}")
         if isinstance(points, bool) or not isinstance(points, int) or points < 2:
             raise ValueError(f"points must be an integer >= 2, got {points!r}")
         self.device = load_device(device)
@@ -231,8 +229,14 @@ def block_curves(
         (conv1_s, rest_s, fixed_s, static_s), seconds for the whole batch: masker and conv1 of a
         spatial block at ``rates`` of conv1, shape (points,); what else depends on the rate, at
         ``rates``, shape (points,); what no rate changes; the same block if it were static.
+
+    Raises:
+        ValueError: ``patches`` or ``batch_size`` is out of range.
     """
+    if patches not in PATCH_COUNTS:
+        raise ValueError(f"patches must be one of {', '.join(PATCH_COUNTS)}, got {patches!r}")
     static = block_report(device, replace(block, mode="static"), batch_size=batch_size).latency_s
+    rates = np.asarray(rates, dtype=float)
     conv1 = np.zeros_like(rates)
     rest = np.zeros_like(rates)
     if block.mode == "spatial":

@@ -10,16 +10,20 @@ What the model leaves out, and a person has to weigh:
 
 - *Accuracy.* A mask of coarse patches follows the image worse, so at the same rate it keeps less
   of what matters, or needs a higher rate for the same accuracy. The search compares latencies at
-  equal rates, where the coarsest patches often win (as one patch per map, which is layer skipping,
-  would); ``min_patches`` sets a limit.
+  equal rates, where the coarsest patches often win; ``min_patches`` sets a limit. A single patch
+  per map is not considered by default: it is layer skipping, which mode 'layer' does for less.
 - *Halos.* conv1 computes what conv2 reads: the kept patches and a rim of one pixel. The rim is
   the larger against the patch the finer S is (up to 9 positions per kept one at S=1, 1.6 at S=8,
   for isolated patches; less where neighbours are kept). Here conv1 has the rate of the block, as
   in the published figures, which flatters fine patches.
 - *Edges.* Where S does not divide the map, the last row or column of patches is cut off. The
   model charges whole patches, so such an S is judged a little too dear.
-- *Whole patches.* A rate r of P patches counts as ceil(r P) patches, as in the published figures:
-  with few patches the charged rate may be well above r.
+
+How rates become patches. A rate r of P patches counts as r P patches, whose cost is interpolated
+between whole counts, as for images of which some keep one patch more than others. The published
+figures, and :func:`las_mm.latency.predict`, round up to whole patches (``patches='whole'``): with
+few patches that is a staircase, on which a search at r = 0.5 would find the S whose step happens
+to end there, 1.5 times dearer at r = 0.51. Where r P is a whole number both agree.
 """
 
 from __future__ import annotations
@@ -179,10 +183,11 @@ def search_granularity(
     network: NetworkShape,
     rate: float = 0.5,
     batch_size: int | None = None,
-    min_patches: int = 1,
+    min_patches: int = 2,
     ragged: bool = True,
     top: int = 5,
     tolerance: float = 0.01,
+    patches: str = "mean",
 ) -> SearchResult:
     """Find the fastest granularity of every spatial stage; see this module for the limits.
 
@@ -195,10 +200,12 @@ def search_granularity(
             layers stay what they are.
         rate: Expected activation rate of every block, in [0, 1]. Defaults to 0.5.
         batch_size: Images per batch. Defaults to the device's.
-        min_patches: Least number of patches in a map. Defaults to 1.
+        min_patches: Least number of patches in a map. Defaults to 2.
         ragged: Whether to consider S that do not divide the map. Defaults to True.
         top: Settings of the whole network to return, at least 1. Defaults to 5.
         tolerance: Share of a stage's latency that counts as equal. Defaults to 0.01.
+        patches: ``'mean'`` or ``'whole'``, see this module and :class:`LatencyTable`. Defaults to
+            ``'mean'``.
 
     Raises:
         ValueError: No stage is spatial, no S has ``min_patches``, or an argument is out of range.
@@ -212,7 +219,7 @@ def search_granularity(
     if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance must be a number >= 0, got {tolerance!r}")
     images = device.batch_size if batch_size is None else batch_size
-    curves = _Curves(device, rate, images)
+    curves = _Curves(device, rate, images, patches)
     fixed_s = stem_report(device, network, images).latency_s / images
     static_s = fixed_s
     found = []
@@ -254,6 +261,7 @@ def latency_against_rate(
     granularity: Sequence[int],
     rates: np.ndarray,
     batch_size: int | None = None,
+    patches: str = "mean",
 ) -> tuple[np.ndarray, float]:
     """Latency of one setting at many rates.
 
@@ -263,6 +271,7 @@ def latency_against_rate(
         granularity: S per stage.
         rates: Rates of all blocks, shape (points,), in [0, 1].
         batch_size: Images per batch. Defaults to the device's.
+        patches: ``'mean'`` or ``'whole'``. Defaults to ``'mean'``.
 
     Returns:
         (latency, static latency): seconds per image, stem included, shape (points,) and one.
@@ -284,7 +293,7 @@ def latency_against_rate(
     for block in chosen.blocks:
         key = replace(block, name="block", stage=0)
         if key not in memo:
-            conv1, rest, fixed, whole = block_curves(device, key, rates, images)
+            conv1, rest, fixed, whole = block_curves(device, key, rates, images, patches)
             memo[key] = ((conv1 + rest + fixed) / images, whole / images)
         latency = latency + memo[key][0]
         static += memo[key][1]
@@ -294,8 +303,8 @@ def latency_against_rate(
 class _Curves:
     """Latencies of stages at a fine grid of rates and, as the last entry, at the expected one."""
 
-    def __init__(self, device: Device, rate: float, images: int) -> None:
-        self.device, self.images = device, images
+    def __init__(self, device: Device, rate: float, images: int, patches: str) -> None:
+        self.device, self.images, self.patches = device, images, patches
         self.rates = np.append(np.arange(_RESOLUTION + 1) / _RESOLUTION, rate)
         self._blocks: dict[BlockShape, tuple[np.ndarray, float]] = {}
 
@@ -306,7 +315,9 @@ class _Curves:
 
     def _block(self, key: BlockShape) -> tuple[np.ndarray, float]:
         if key not in self._blocks:
-            conv1, rest, fixed, static = block_curves(self.device, key, self.rates, self.images)
+            conv1, rest, fixed, static = block_curves(
+                self.device, key, self.rates, self.images, self.patches
+            )
             self._blocks[key] = ((conv1 + rest + fixed) / self.images, static / self.images)
         return self._blocks[key]
 

@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from las_mm.hooks import PredictedLatencyHook
 from las_mm.hooks import latency as latency_module
 from las_mm.latency import NetworkShape, network_report, paper_report, resnet_shape
+from las_mm.latency import tables as tables_module
 from las_mm.models import LASResNet, collect_activations
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import flops_report
@@ -53,12 +54,12 @@ def tables(monkeypatch) -> list:
     """The tables that a hook builds."""
     built = []
 
-    class Counted(latency_module.LatencyTable):
+    class Counted(tables_module.LatencyTable):
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             built.append(self.network.input_hw)
 
-    monkeypatch.setattr(latency_module, "LatencyTable", Counted)
+    monkeypatch.setattr(tables_module, "LatencyTable", Counted)
     return built
 
 
@@ -128,6 +129,18 @@ def test_training_scalars(backbone):
     shape = backbone.network_shape((96, 64))  # not of the first input but of this one
     report = network_report("rtx3090", static(shape), 1.0, batch_size=4)
     assert found["static_latency_ms"] == pytest.approx(1e3 * report.latency_s)
+
+
+def test_ratio_that_training_goes_by_is_left_alone(backbone):
+    """BudgetHook logs ``latency_ratio`` under the same key, for its own device."""
+    hook = PredictedLatencyHook(interval=1)
+    runner = fake_runner(backbone, 0, "latency-budget")
+    backbone(torch.rand(1, 3, 64, 64))
+    hook.after_train_iter(runner, 0, outputs=dict(loss=1.0, latency_ratio=0.5))
+    assert "train/latency_ms" in runner.message_hub.log_scalars
+    assert "train/latency_ratio" not in runner.message_hub.log_scalars
+    hook.after_train_iter(runner, 0, outputs=dict(loss=1.0))
+    assert "train/latency_ratio" in runner.message_hub.log_scalars
 
 
 def test_work_per_iteration(backbone, tables, monkeypatch):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import yaml
 
-from las_mm.latency import Device, available_devices, load_device
+from las_mm.latency import KINDS, Device, available_devices, load_device
 from las_mm.latency.device import NUMBER_FIELDS
 
 # docs/latency_model.md: n_pe, lanes, Hz, bytes/s, k, batch
@@ -18,6 +18,16 @@ TABLE = {
     "tx2": (2, 128, 1300e6, 59.7e9, 4, 1),
     "nano": (1, 128, 921e6, 25.6e9, 4, 1),
 }
+
+# From data sheets, as above but for the ratio of L2, which is an estimate.
+DATA_SHEETS = {
+    "a100": (108, 64, 1410e6, 2039e9, 128),
+    "h100": (132, 128, 1980e6, 3350e9, 128),
+    "rtx4090": (128, 128, 2520e6, 1008e9, 128),
+    "orin": (16, 128, 1300e6, 204.8e9, 1),
+    "t4": (40, 64, 1590e6, 320e9, 128),
+}
+TFLOPS = {"a100": 19.5, "h100": 67, "rtx4090": 82.6, "orin": 5.3, "t4": 8.1}  # FP32, as stated
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -34,10 +44,47 @@ def test_shipped_devices_hold_the_documents_numbers(name):
     ) == pytest.approx(TABLE[name])
     assert (device.launch_s, device.request_width, device.macs_in_flight_per_lane) == (8e-6, 8, 4)
     assert set(device.sources) == set(NUMBER_FIELDS) and all(device.sources.values())
+    assert device.kind == "published" and "published" in device.note
+
+
+@pytest.mark.parametrize("name", DATA_SHEETS)
+def test_devices_from_data_sheets(name):
+    device = load_device(name)
+    assert device.name == name and device.kind == "datasheet"
+    assert (
+        device.n_pe,
+        device.lanes,
+        device.frequency_hz,
+        device.dram_bytes_per_s,
+        device.batch_size,
+    ) == pytest.approx(DATA_SHEETS[name])
+    peak = 2 * device.n_pe * device.macs_per_s_per_pe
+    assert peak == pytest.approx(1e12 * TFLOPS[name], rel=0.01)
+    assert 1 <= device.l2_to_dram_ratio <= 6
+    for key in ("l2_to_dram_ratio", "launch_s", "request_width", "macs_in_flight_per_lane"):
+        assert device.sources[key].startswith("estimate")
+    for key in ("n_pe", "lanes", "frequency_hz", "dram_bytes_per_s"):
+        assert device.sources[key].startswith("NVIDIA")
+
+
+def test_kinds(tmp_path):
+    content = load_device("v100").to_dict()
+    path = tmp_path / "mine.yaml"
+    for kind in KINDS:
+        path.write_text(yaml.safe_dump({**content, "kind": kind}))
+        assert load_device(path).kind == kind
+        assert KINDS[kind] in load_device(path).note
+    del content["kind"]
+    path.write_text(yaml.safe_dump(content))
+    assert load_device(path).kind == "custom"
+    assert load_device(path) == load_device("v100")  # which is about numbers
+    path.write_text(yaml.safe_dump({**content, "kind": "guessed"}))
+    with pytest.raises(ValueError, match="mine.yaml: kind must be one of published.*'guessed'"):
+        load_device(path)
 
 
 def test_available_devices_and_ways_to_name_one(tmp_path):
-    assert available_devices() == sorted(TABLE)
+    assert available_devices() == sorted({**TABLE, **DATA_SHEETS})
     device = load_device("V100")
     assert load_device(device) is device
     path = tmp_path / "mine.yaml"
@@ -48,8 +95,8 @@ def test_available_devices_and_ways_to_name_one(tmp_path):
 
 
 def test_unknown_names_and_missing_files_list_the_devices(tmp_path):
-    with pytest.raises(ValueError, match="unknown device 'h100'.*nano, rtx3060, rtx3090, tx2"):
-        load_device("h100")
+    with pytest.raises(ValueError, match="unknown device 'v1000'.*nano, .*rtx3090, .*tx2"):
+        load_device("v1000")
     with pytest.raises(FileNotFoundError, match="absent.yaml.*v100"):
         load_device(tmp_path / "absent.yaml")
     with pytest.raises(TypeError, match="got int"):

@@ -1,0 +1,172 @@
+#!/usr/bin/env python
+"""Predict the latency of a config's backbone on a device; runs nothing and needs no device.
+
+python tools/predict_latency.py configs/mask_rcnn_lasnet_r101.py --device tx2 --shape 800 1344 \\
+    --rate 0.5
+
+Per stage: milliseconds per image of the static and of the dynamic network, and their ratio, by the
+analytical model (docs/latency_model.md). --depth-of-tree shows where they go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from las_mm.fileio import write_atomically
+from las_mm.latency import NetworkShape, Report, find_network, load_device, predict
+from las_mm.latency.device import Device
+from las_mm.latency.prediction import backbone_configs
+from las_mm.latency.shapes import MODES
+from las_mm.preflight import UserError, load_config
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> None:
+        sys.exit(f"{self.prog}: error: {message}")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(
+        prog="predict_latency.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("config", help="a config with a dynamic backbone")
+    add("--device", required=True, help="a shipped device (v100, tx2, ...) or a device file")
+    add("--shape", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"), help="of an image")
+    add("--batch", type=int, help="images per batch; default: the device file's")
+    add("--rate", type=float, nargs="+", default=[0.5], help="of all blocks, or one per block")
+    add("--rate-dilated", type=float, nargs="+", help="conv1's; default: --rate, as in the papers")
+    add("--mode", choices=MODES, nargs="+", help="of all stages, or one per stage")
+    add("--granularity", type=int, nargs="+", help="patch side S: one, or one per stage or block")
+    add("--depth-of-tree", type=int, help="also print the dynamic network down to this level")
+    add("--json", type=Path, help="write both trees, in seconds, into this file")
+    return parser.parse_args(argv)
+
+
+def read_network(args: argparse.Namespace) -> NetworkShape:
+    """The shape of the config's backbone, with the command line's mode and granularity.
+
+    Raises:
+        UserError: The config has none, or an argument does not fit it.
+    """
+    cfg = load_config(args.config)
+    overrides = {key: getattr(args, key) for key in ("mode", "granularity")}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    if overrides:
+        backbones = backbone_configs(cfg)
+        if len(backbones) != 1:
+            raise UserError(
+                f"--{next(iter(overrides))} needs exactly one dynamic backbone in {args.config} "
+                f"such as las_mm.LASResNet, found {len(backbones)}"
+            )
+        for key, value in overrides.items():
+            backbones[0][key] = value[0] if len(value) == 1 else value
+    return find_network(cfg, args.shape)
+
+
+def make_table(dynamic: Report, static: Report, network: NetworkShape) -> Table:
+    """One row per stage, and the backbone's."""
+    table = Table()
+    for column in ("", "blocks", "mode"):
+        table.add_column(column)
+    for column in ("static ms", "dynamic ms", "ratio"):
+        table.add_column(column, justify="right")
+
+    def add_row(name: str, blocks: str, mode: str, whole: Report, part: Report) -> None:
+        ratio = part.latency_s / whole.latency_s
+        times = [f"{1e3 * report.latency_s:.3f}" for report in (whole, part)]
+        table.add_row(name, blocks, mode, *times, f"{ratio:.3f}")
+
+    modes = {}
+    for stage, blocks in network.stages().items():
+        labels = (f"{b.mode} S={b.granularity}" if b.mode == "spatial" else b.mode for b in blocks)
+        modes[f"stage{stage}"] = (str(len(blocks)), ", ".join(dict.fromkeys(labels)))
+    for part, whole in zip(dynamic.children, static.children):
+        add_row(part.name, *modes.get(part.name, ("", "static")), whole, part)
+    table.add_section()
+    add_row("backbone", str(len(network.blocks)), "", static, dynamic)
+    return table
+
+
+def conditions(args: argparse.Namespace, device: Device, network: NetworkShape) -> str:
+    """What was predicted, in one line."""
+    batch = device.batch_size if args.batch is None else args.batch
+    height, width = network.input_hw
+    rates = f"rate {args.rate[0]:g}" if len(args.rate) == 1 else "a rate per block"
+    return (
+        f"{network.name} on {device.name}, batch {batch} of {height} x {width}, {rates}, per image"
+    )
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """What can be wrong in the arguments alone.
+
+    Raises:
+        UserError: Something is.
+    """
+    if min(args.shape) < 1:
+        raise UserError(f"--shape must be two positive integers H W, got {list(args.shape)}")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch must be a positive integer, got {args.batch}")
+    if args.depth_of_tree is not None and args.depth_of_tree < 0:
+        raise UserError(f"--depth-of-tree must be at least 0, got {args.depth_of_tree}")
+    if args.json is not None and args.json.is_dir():
+        raise UserError(f"--json {args.json} is a folder; name a file")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log's lines may be longer than 80 characters
+    try:
+        check_args(args)
+        device = load_device(args.device)
+        network = read_network(args)
+        batch = device.batch_size if args.batch is None else args.batch
+        shape = (batch, 3, *network.input_hw)
+        rates, dilated = (
+            values[0] if values is not None and len(values) == 1 else values
+            for values in (args.rate, args.rate_dilated)
+        )
+        dynamic = predict(network, device, shape, rates, dilated)
+        static = predict(network.static(), device, shape)
+        if args.json is not None:
+            content = dict(
+                config=args.config,
+                device=device.name,
+                kind=device.kind,
+                input_shape=shape,
+                rate=rates,
+                rate_dilated=dilated,
+                mode=[block.mode for block in network.blocks],
+                granularity=[block.granularity for block in network.blocks],
+                ratio=dynamic.latency_s / static.latency_s,
+                static=static.to_dict(),
+                dynamic=dynamic.to_dict(),
+            )
+            write_atomically(args.json, json.dumps(content, indent=2).encode())
+    except (UserError, ValueError, OSError) as error:
+        sys.exit(f"predict_latency.py: error: {error}")
+    console.print(conditions(args, device, network), highlight=False, soft_wrap=True)
+    console.print(make_table(dynamic, static, network))
+    console.print(device.note, highlight=False, soft_wrap=True)
+    if args.depth_of_tree is not None:
+        console.print(
+            dynamic.table(args.depth_of_tree), highlight=False, soft_wrap=True, markup=False
+        )
+    if args.json is not None:
+        console.print(f"wrote {args.json}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
