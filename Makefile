@@ -16,13 +16,15 @@ GPU_TESTS := tests/ops/test_cuda_device.py
 # A few drawn cases; torch's own memory pool would hide accesses beside a tensor.
 GPU_SANITIZE := LAS_MM_HYPOTHESIS_SCALE=0.02 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help setup benchmark test test-slow test-gpu sanitize lint demo clean distclean
+.PHONY: help setup benchmark test test-slow test-gpu cuda-build cuda-resources sanitize lint demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
 	@echo "make test       lint, type check and tests that take seconds"
 	@echo "make test-slow  also the tests that train for minutes"
 	@echo "make test-gpu   build the CUDA kernels and compare them with the CPU; needs a GPU"
+	@echo "make cuda-build build and import the CUDA kernels aside, for 6 generations of GPUs; needs nvcc, no GPU"
+	@echo "make cuda-resources  also check their registers, occupancy and instructions"
 	@echo "make sanitize   tests of the ops under AddressSanitizer and UBSan (GCC, 3 minutes to build)"
 	@echo "make benchmark  every measurement of docs/performance.md: about 15 minutes, on an idle machine"
 	@echo "make setup      only the environment in .venv"
@@ -92,6 +94,13 @@ test-gpu: setup
 	else \
 	  echo "test-gpu: compute-sanitizer is not on the PATH; memory accesses were not checked"; \
 	fi
+
+# Both say so and succeed where there is no nvcc. The installed extension stays as it is.
+cuda-build: setup
+	$(BIN)/python tools/cuda_resources.py --optional --build-only
+
+cuda-resources: setup
+	$(BIN)/python tools/cuda_resources.py --optional
 
 sanitize: setup
 	PYTHON=$(CURDIR)/$(BIN)/python tests/ops/sanitize.sh

@@ -119,6 +119,9 @@ def native_extension():
         extra_compile_args={"cxx": [optimize, *openmp], "nvcc": ["-O3"]},
         extra_link_args=openmp,
     )
+    if cuda:  # nvcc knows its headers; the other files compile, and are kept, as without CUDA
+        headers = str(Path(os.environ["CUDA_HOME"]) / "include")
+        extension.include_dirs = [path for path in extension.include_dirs if path != headers]
     backends = "CPU and CUDA" if cuda else "CPU only"
     say(f"building las_mm._C for {backends} ({reason}), torch {torch.__version__}.")
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

@@ -18,8 +18,26 @@
 
 namespace las_mm::cuda {
 
+// Blocks per multiprocessor that a kernel must leave registers for: as many as it wants, but not more
+// than this architecture's shared memory holds.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+constexpr int min_blocks() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870 || \
+    (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+  constexpr int kShared = 164 << 10;
+#elif __CUDA_ARCH__ >= 860
+  constexpr int kShared = 100 << 10;
+#else
+  constexpr int kShared = 64 << 10;
+#endif
+  constexpr int kReserved = 1 << 10;  // by the system, per block
+  constexpr int kFitting = kShared / (Kernel::kSharedBytes + kReserved);
+  constexpr int kWanted = kFitting < Kernel::kMinBlocks ? kFitting : Kernel::kMinBlocks;
+  return kWanted > 0 ? kWanted : 1;
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, min_blocks<Kernel>())
     entry(const typename Kernel::Params params) {
   Kernel::run(params);
 }

@@ -19,6 +19,7 @@
 
 #define LAS_MM_DEVICE __device__ __forceinline__
 #define LAS_MM_UNROLL _Pragma("unroll")
+#define LAS_MM_UNROLL_TWICE _Pragma("unroll 2")
 #define LAS_MM_NO_UNROLL _Pragma("unroll 1")
 
 namespace las_mm::cuda {
@@ -220,7 +221,7 @@ LAS_MM_DEVICE bf16 from_float<bf16>(float value) {
 
 // The bits of a 16-bit value.
 LAS_MM_DEVICE uint32_t bits16(half value) { return __half_as_ushort(value); }
-LAS_MM_DEVICE uint32_t bits16(bf16 value) { return __bfloat16_as_ushort(value); }
+LAS_MM_DEVICE uint32_t bits16(bf16 value) { return static_cast<__nv_bfloat16_raw>(value).x; }
 template <typename T>
 LAS_MM_DEVICE T from_bits16(uint32_t bits);
 template <>
@@ -229,7 +230,9 @@ LAS_MM_DEVICE half from_bits16<half>(uint32_t bits) {
 }
 template <>
 LAS_MM_DEVICE bf16 from_bits16<bf16>(uint32_t bits) {
-  return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
+  __nv_bfloat16_raw raw;  // what all versions of CUDA have for all architectures
+  raw.x = static_cast<unsigned short>(bits);
+  return raw;
 }
 
 }  // namespace las_mm::cuda

@@ -31,6 +31,7 @@ struct ScorePositions {
       const int64_t row = position * p.channels;
       float sum = 0.f;
       if (p.vectors) {
+        LAS_MM_UNROLL_TWICE  // more would not fit the registers
         for (int c = lane * kChunk; c < p.channels; c += 32 * kChunk) {
           const Words x = p.x.load16(row + c);
           const Words keep = p.weight.load16(c), drop = p.weight.load16(p.channels + c);

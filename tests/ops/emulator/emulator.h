@@ -34,6 +34,7 @@
 
 #define LAS_MM_DEVICE inline
 #define LAS_MM_UNROLL
+#define LAS_MM_UNROLL_TWICE
 #define LAS_MM_NO_UNROLL
 
 namespace las_mm::cuda {
