@@ -71,7 +71,8 @@ class BudgetLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in dict(target=target, release=release).items():
-            if not isinstance(value, (int, float)) or not 0 < value <= 1:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value <= 1:
                 raise ValueError(f"{name} of BudgetLoss must be in (0, 1], got {value!r}")
         weights = dict(
             network_weight=network_weight, bounds_weight=bounds_weight, loss_weight=loss_weight

@@ -625,3 +625,18 @@ def test_search_granularity_writes_only_what_the_config_has(say, tmp_path):
     text = say("search_granularity", *arguments, "--write", tmp_path / "best.py")
     assert "--write sets model.backbone.granularity" in text
     assert not (tmp_path / "best.py").exists()
+
+
+def test_search_granularity_overwrites_only_its_own(say, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("model = dict()\n")
+    arguments = (LASNET, "--device", "tx2", "--shape", 224, 224, "--write")
+    assert "was not written by this tool" in say("search_granularity", *arguments, mine)
+    assert mine.read_text() == "model = dict()\n"
+    found = tmp_path / "found.py"
+    say("search_granularity", *arguments, found)
+    before = found.read_text()
+    say("search_granularity", *arguments, found)
+    assert found.read_text() == before
+    itself = (found, "--device", "tx2", "--shape", 224, 224, "--write", found)
+    assert "would inherit" in say("search_granularity", *itself)

@@ -31,6 +31,7 @@ from las_mm.latency.predictor import PATCH_COUNTS
 from las_mm.latency.search import StageSearch, latency_against_rate
 from las_mm.preflight import UserError, load_config
 
+MARKER = '"""S per stage found by tools/search_granularity.py.'  # what --write begins with
 SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
 RATES = np.linspace(0, 1, 101)
 
@@ -82,6 +83,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--write needs --device: several devices choose several granularities")
     if args.write is not None and args.write.suffix != ".py":
         raise UserError(f"--write must end in .py, got {args.write}")
+    if args.write is not None and args.write.is_file():
+        # A config of one's own, perhaps even the one that this one inherits, must not be lost.
+        if not args.write.read_text(errors="replace").startswith(MARKER):
+            raise UserError(
+                f"--write {args.write} exists and was not written by this tool: name another file"
+            )
+        if args.write.resolve() == Path(args.config).resolve():
+            raise UserError(f"--write {args.write} is the config that it would inherit")
     for name in ("json", "plot", "write"):
         path = getattr(args, name)
         if path is not None and path.is_dir():
@@ -276,7 +285,7 @@ def snippet(result: SearchResult, config: str, out: Path) -> str:
     """A config that inherits ``config`` and sets the chosen granularity."""
     base = osp.relpath(osp.abspath(config), osp.abspath(out.parent))
     return (
-        '"""S per stage found by tools/search_granularity.py.\n\n'
+        f"{MARKER}\n\n"
         f"{conditions(result)}.\nPredicted: {1e3 * result.chosen.latency_s:.3f} ms per image, "
         f"{result.chosen.ratio:.3f} of the static backbone's; {result.device.kind} device.\n"
         f'"""\n\n'

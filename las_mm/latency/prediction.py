@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -148,7 +148,7 @@ def _split(input_shape: Sequence[int] | None) -> tuple[int | None, tuple[int, in
     """(batch size, (H, W)) of an input's shape; None where it does not say."""
     if input_shape is None:
         return None, None
-    numbers = tuple(input_shape)
+    numbers = tuple(input_shape) if isinstance(input_shape, Iterable) else ()
     whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in numbers)
     if whole and len(numbers) == 2:
         return None, (int(numbers[0]), int(numbers[1]))
