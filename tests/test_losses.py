@@ -275,6 +275,7 @@ def test_training_to_latency_through_the_config(tiny_config, tmp_path):
         if hook.type == "las_mm.PredictedLatencyHook":
             hook.update(interval=1, device="tx2", batch_size=1)
     cfg.launcher, cfg.experiment_name = "none", "train_to_latency"
+    cfg.visualizer.name = "train_to_latency"  # mmengine keeps one visualizer per name
     runner = Runner.from_cfg(cfg)
     backbone = runner.model.backbone
     before = [masker.conv.weight.detach().clone() for masker in backbone.maskers()]
