@@ -1,9 +1,9 @@
 // What is left to do at positions that a block does not compute.
 #pragma once
 
+#include "cuda/gemm_tile.cuh"
 #include "cuda/platform.cuh"
 #include "cuda/positions.cuh"
-#include "cuda/sparse_gemm.cuh"
 
 namespace las_mm::cuda {
 

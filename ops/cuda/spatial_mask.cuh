@@ -1,8 +1,8 @@
 // The masker: a score per position, a decision per patch, and the mean rates.
 #pragma once
 
+#include "cuda/gemm_tile.cuh"
 #include "cuda/platform.cuh"
-#include "cuda/sparse_gemm.cuh"
 
 namespace las_mm::cuda {
 

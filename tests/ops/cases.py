@@ -83,6 +83,19 @@ def scaled(examples: float) -> int:
     return max(1, round(examples * SCALE))
 
 
+def drawn(strategy, examples: float, **changes):
+    """Decorates ``check(case)``: calling it checks drawn cases, the same in every run."""
+    how = dict(
+        max_examples=scaled(examples),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    return lambda check: settings(**{**how, **changes})(given(strategy)(check))
+
+
 def for_all(strategy, examples: int, *names: str):
     """Run ``check(call, case)`` for drawn cases, the same in every run, and both implementations.
 
@@ -97,15 +110,7 @@ def for_all(strategy, examples: int, *names: str):
         def test(implementation):
             share = 1 if implementation == "native" else REFERENCE_SHARE
 
-            @settings(
-                max_examples=scaled(examples * share),
-                derandomize=True,
-                database=None,
-                deadline=None,
-                phases=[Phase.explicit, Phase.generate, Phase.shrink],
-                suppress_health_check=list(HealthCheck),
-            )
-            @given(strategy)
+            @drawn(strategy, examples * share)
             def every(case):
                 check(implementation_of(implementation), case)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from las_mm import ops
@@ -81,15 +80,7 @@ def drawn(strategy, examples):
     def decorate(check):
         @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=list(PRECISIONS))
         def test(precision):
-            @settings(
-                max_examples=cases.scaled(examples),
-                derandomize=True,
-                database=None,
-                deadline=None,
-                phases=[Phase.explicit, Phase.generate, Phase.shrink],
-                suppress_health_check=list(HealthCheck),
-            )
-            @given(strategy)
+            @cases.drawn(strategy, examples)
             def every(case):
                 with cuda_engines.settings(precision.tf32, measure=False):
                     check(precision, case)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 
 from . import cases, emulated, kernel_traffic
 from . import test_sparse_ops as sparse
@@ -49,26 +48,15 @@ def on_machine(block, dtype):
     return replace(block, dtype=dtype, winograd="none", dense_above=None, threads=1)
 
 
-def check_drawn(test, machine, dtype, examples):
+def check_drawn(test, machine, dtype, examples, **changes):
     """Run a test of test_sparse_ops.py in the emulator."""
 
-    @settings(
-        max_examples=cases.scaled(examples),
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(test.strategy)
+    @cases.drawn(test.strategy, examples, **changes)
     def every(case):
-        if isinstance(case, tuple):
-            case = (on_machine(case[0], dtype), *case[1:])
-            machine.seed = case[0].seed
-        else:
-            case = on_machine(case, dtype)
-            machine.seed = case.seed
-        test.check(machine, case)
+        block, *rest = case if isinstance(case, tuple) else (case,)
+        block = on_machine(block, dtype)
+        machine.seed = block.seed
+        test.check(machine, (block, *rest) if rest else block)
 
     every()
 
