@@ -6,11 +6,13 @@ the way out.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import os.path as osp
 import pickle
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,13 @@ DOWNLOAD_TIMEOUT = 30.0
 
 class UserError(Exception):
     """Something the user can mend; its message is one sentence for a terminal."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> None:
+        sys.exit(f"{self.prog}: error: {message}")
 
 
 def _last_line(error: BaseException) -> str:

@@ -33,7 +33,7 @@ from las_mm.benchmark.subject import DTYPES, Candidate, Subject, load_candidate,
 from las_mm.benchmark.whole_model import build_whole
 from las_mm.fileio import write_atomically
 from las_mm.models.flops import count_macs
-from las_mm.preflight import UserError
+from las_mm.preflight import Parser, UserError
 
 ENGINES = {"cpu": engines.CPU, "cuda": cuda_engines.CUDA}
 
@@ -41,13 +41,6 @@ ENGINES = {"cpu": engines.CPU, "cuda": cuda_engines.CUDA}
 def known_engines(known: engines.EngineSet) -> str:
     """What ``--engines`` may be on one kind of device."""
     return ", ".join([*known.aliases, *known.builders])
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> None:
-        sys.exit(f"{self.prog}: error: {message}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -23,14 +23,7 @@ from las_mm.latency import NetworkShape, Report, find_network, load_device, pred
 from las_mm.latency.device import Device
 from las_mm.latency.prediction import backbone_configs
 from las_mm.latency.shapes import MODES
-from las_mm.preflight import UserError, load_config
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> None:
-        sys.exit(f"{self.prog}: error: {message}")
+from las_mm.preflight import Parser, UserError, load_config
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -29,18 +29,11 @@ from las_mm.latency import SearchResult, find_network, search_granularity
 from las_mm.latency.prediction import backbone_configs
 from las_mm.latency.predictor import PATCH_COUNTS
 from las_mm.latency.search import StageSearch, latency_against_rate
-from las_mm.preflight import UserError, load_config
+from las_mm.preflight import Parser, UserError, load_config
 
 MARKER = '"""S per stage found by tools/search_granularity.py.'  # what --write begins with
 SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
 RATES = np.linspace(0, 1, 101)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> None:
-        sys.exit(f"{self.prog}: error: {message}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
