@@ -7,7 +7,9 @@ implementations run instead.
 
 A *mask* is (N, 1, ceil(H_out/S), ceil(W_out/S)): one decision per image and patch of S x S outputs,
 patches at the right and bottom edges may be smaller. Feature maps are (N, C, H, W), read in any
-memory format and written channels_last. LASNet (arXiv 2210.06223), section 3.
+memory format and written channels_last, in float32 or bfloat16, on a GPU also float16. There a mask
+is not checked for NaN, which would mean waiting for the GPU: NaN drops the patch. LASNet (arXiv
+2210.06223), section 3.
 """
 
 import torch
