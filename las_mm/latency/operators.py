@@ -74,7 +74,7 @@ def static_conv(
     Raises:
         ValueError: A size is not a positive integer, or ``groups`` does not divide the channels.
     """
-    _check(
+    check_sizes(
         name,
         c_in=c_in,
         c_out=c_out,
@@ -122,7 +122,7 @@ def layer_masker(
     Raises:
         ValueError: A size is not a positive integer.
     """
-    _check(
+    check_sizes(
         name,
         c_in=c_in,
         c_out=c_out,
@@ -151,7 +151,7 @@ def elementwise_add(
     Raises:
         ValueError: A size is not a positive integer.
     """
-    _check(name, channels=channels, h=h, w=w, batch_size=_batch(device, batch_size))
+    check_sizes(name, channels=channels, h=h, w=w, batch_size=_batch(device, batch_size))
     return Report(
         name,
         *search_map_op(device, channels, h, w, 1, 0, 1, _batch(device, batch_size)),
@@ -178,7 +178,7 @@ def max_pool(
     Raises:
         ValueError: A size is not a positive integer.
     """
-    _check(
+    check_sizes(
         name,
         channels=channels,
         kernel=kernel,
@@ -209,7 +209,7 @@ def global_average_pool(
     Raises:
         ValueError: A size is not a positive integer.
     """
-    return _value_op(device, channels, h, w, 1, 1, False, batch_size, name)
+    return value_op(device, channels, h, w, 1, 1, False, batch_size, name)
 
 
 def scale_channels(
@@ -226,7 +226,7 @@ def scale_channels(
     Raises:
         ValueError: A size is not a positive integer.
     """
-    return _value_op(device, channels, h, w, 1, 1, True, batch_size, name)
+    return value_op(device, channels, h, w, 1, 1, True, batch_size, name)
 
 
 def resize(
@@ -245,7 +245,7 @@ def resize(
     Raises:
         ValueError: A size is not a positive integer.
     """
-    return _value_op(device, channels, h_out, w_out, 4, 4, True, batch_size, name)
+    return value_op(device, channels, h_out, w_out, 4, 4, True, batch_size, name)
 
 
 def fully_connected(
@@ -265,7 +265,7 @@ def fully_connected(
         ValueError: A size is not a positive integer.
     """
     images = _batch(device, batch_size)
-    _check(name, c_in=c_in, c_out=c_out, rows=rows, batch_size=images)
+    check_sizes(name, c_in=c_in, c_out=c_out, rows=rows, batch_size=images)
     times = search_conv(device, c_in, c_out, 1, 1, rows * images, 1, 1, 1, 1, True)
     return Report(name, *times, device.launch_s)
 
@@ -346,8 +346,8 @@ def channel_conv_cost(
     """
     images = _batch(device, batch_size)
     sizes = dict(c_in=c_in, c_out=c_out, kernel=kernel, h_out=h_out, w_out=w_out, stride=stride)
-    _check(name, **sizes, groups=groups, dilation=dilation, batch_size=images)
-    _check(name, mask_groups=mask.groups, granularity=1 if granularity is None else granularity)
+    check_sizes(name, **sizes, groups=groups, dilation=dilation, batch_size=images)
+    check_sizes(name, mask_groups=mask.groups, granularity=1 if granularity is None else granularity)
     _check_groups(name, c_in, c_out, groups)
     common = (stride, groups, dilation)
     if granularity is None:
@@ -444,7 +444,7 @@ def dynamic_conv_cost(
     name: str = "conv",
 ) -> PatchCost:
     """:func:`dynamic_conv` as a function of the number of patches."""
-    _check(
+    check_sizes(
         name,
         c_in=c_in,
         c_out=c_out,
@@ -591,7 +591,7 @@ def scatter_add_cost(
     name: str = "scatter_add",
 ) -> PatchCost:
     """:func:`scatter_add` as a function of the number of patches."""
-    _check(
+    check_sizes(
         name,
         channels=channels,
         h=h,
@@ -602,7 +602,7 @@ def scatter_add_cost(
     return search_scatter_add(device, channels, h, w, granularity, _batch(device, batch_size), name)
 
 
-def _value_op(
+def value_op(
     device: Device,
     channels: int,
     h: int,
@@ -614,7 +614,7 @@ def _value_op(
     name: str,
 ) -> Report:
     images = _batch(device, batch_size)
-    _check(name, channels=channels, h=h, w=w, batch_size=images)
+    check_sizes(name, channels=channels, h=h, w=w, batch_size=images)
     times = search_value_op(device, channels, h, w, operations, reads, writes, images)
     return Report(name, *times, device.launch_s)
 
@@ -623,7 +623,7 @@ def _batch(device: Device, batch_size: int | None) -> int:
     return device.batch_size if batch_size is None else batch_size
 
 
-def _check(name: str, **sizes: int) -> None:
+def check_sizes(name: str, **sizes: int) -> None:
     """Raise ValueError for a size that is not a positive integer."""
     for key, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
