@@ -19,7 +19,7 @@ import numpy as np
 from . import operators as ops
 from .device import Device, load_device
 from .report import Report
-from .shapes import CHANNEL_MODES, PATCH_MODES, BlockShape, NetworkShape, PoolShape
+from .shapes import BlockShape, ConvShape, NetworkShape, PoolShape
 from .tiling import PatchCost
 
 # Rates measured as count / positions in float32 are off by this much: without the slack,
@@ -55,7 +55,7 @@ def block_report(
     rate = _rate("rate", rate)
     rate_dilated = rate if rate_dilated is None else _rate("rate_dilated", rate_dilated)
     rate_channel = _rate("rate_channel", rate_channel)
-    if block.mode in PATCH_MODES:
+    if block.has_patches:
         fused, masker, conv1, rest = spatial_costs(device, block, batch_size, rate_channel)
         apart = Report.group(
             "masker_conv1", [masker, conv1.report(int(patch_count(rate_dilated, conv1.positions)))]
@@ -188,7 +188,7 @@ def se_costs(
     """
     if not block.se_width:
         return []
-    if block.mode not in CHANNEL_MODES:
+    if not block.has_channels:
         rate_channel = 1.0
     sizes = (block.width, block.h_out, block.w_out)
     pool = ops.global_average_pool(device, *sizes, batch_size=batch_size, name="se_pool")
@@ -224,20 +224,19 @@ def channel_masker_parts(
     device: Device, block: BlockShape, batch_size: int | None
 ) -> list[Report]:
     """The channel masker, a report of its operators; empty without one."""
-    if block.mode not in CHANNEL_MODES:
+    if not block.has_channels:
         return []
     c_in, hidden, logits = block.c_in, block.channel_hidden, 2 * block.channel_groups
+    convolves = block.channel_masker == "conv_linear"
     h, w = block.h_in, block.w_in
     parts = []
-    if block.channel_masker == "conv_linear":
+    if convolves:
         parts.append(
             ops.static_conv(device, c_in, hidden, 1, h, w, batch_size=batch_size, name="conv")
         )
         c_in = hidden
     parts.append(ops.global_average_pool(device, c_in, h, w, batch_size=batch_size, name="pool"))
-    layers = [(c_in, hidden), (hidden, logits)]
-    if block.channel_masker != "mlp2":
-        layers = [(c_in, logits)]
+    layers = [(c_in, logits)] if convolves or not hidden else [(c_in, hidden), (hidden, logits)]
     parts += [
         ops.fully_connected(device, *sizes, batch_size=batch_size, name=f"fc{i}")
         for i, sizes in enumerate(layers, 1)
@@ -295,7 +294,7 @@ def stem_report(device: Device, network: NetworkShape, batch_size: int | None) -
                     name=item.name,
                 )
             )
-        else:
+        elif isinstance(item, ConvShape):
             parts.append(
                 ops.static_conv(
                     device,
@@ -310,6 +309,8 @@ def stem_report(device: Device, network: NetworkShape, batch_size: int | None) -
                     name=item.name,
                 )
             )
+        else:
+            raise ValueError(f"there is no latency model for {item!r} of {network.name}")
     return Report.group("stem", parts)
 
 

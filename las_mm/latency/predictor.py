@@ -14,7 +14,7 @@ import numpy as np
 from .blocks import block_report, fixed_parts, patch_count, spatial_costs, stem_report
 from .device import Device, load_device
 from .report import Report
-from .shapes import CHANNEL_MODES, PATCH_MODES, BlockShape, NetworkShape, resnet_shape
+from .shapes import BlockShape, NetworkShape, resnet_shape
 from .tiling import PatchCost
 
 __all__ = [
@@ -181,7 +181,7 @@ class LatencyTable:
         ]
         self.conv1_s, self.rest_s, self.fixed_s, self.static_block_s = columns
         self.channel_blocks = np.array(
-            [i for i, block in enumerate(network.blocks) if block.mode in CHANNEL_MODES], dtype=int
+            [i for i, block in enumerate(network.blocks) if block.has_channels], dtype=int
         )
         surfaces = {
             key: channel_surfaces(self.device, key, self.grid, self.batch_size, patches)
@@ -283,7 +283,7 @@ def block_curves(
     rates = np.asarray(rates, dtype=float)
     conv1 = np.zeros_like(rates)
     rest = np.zeros_like(rates)
-    if block.mode in PATCH_MODES:
+    if block.has_patches:
         fused, masker, dynamic, others = spatial_costs(device, block, batch_size, rate_channel)
         conv1 = np.minimum(
             fused.latency_s, masker.latency_s + _patch_seconds(dynamic, rates, patches)
