@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from las_mm.latency import Device, LatencyTables, NetworkShape
+from las_mm.latency import AnyDevice, LatencyTables, NetworkShape
 from las_mm.latency.differentiable import DifferentiableLatency, LatencyReport
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import FlopsReport, flops_report
@@ -66,7 +66,7 @@ class BudgetLoss(nn.Module):
         release: float = 0.33,
         loss_weight: float = 1.0,
         metric: str = "flops",
-        device: str | Path | Device | None = None,
+        device: str | Path | AnyDevice | None = None,
         batch_size: int | None = None,
     ) -> None:
         super().__init__()

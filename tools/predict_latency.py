@@ -20,7 +20,7 @@ from rich.table import Table
 
 from las_mm.fileio import write_atomically
 from las_mm.latency import NetworkShape, Report, find_network, load_device, predict
-from las_mm.latency.device import Device
+from las_mm.latency.device import AnyDevice
 from las_mm.latency.prediction import backbone_configs
 from las_mm.latency.shapes import MODES
 from las_mm.preflight import Parser, UserError, load_config
@@ -91,7 +91,7 @@ def make_table(dynamic: Report, static: Report, network: NetworkShape) -> Table:
     return table
 
 
-def conditions(args: argparse.Namespace, device: Device, network: NetworkShape) -> str:
+def conditions(args: argparse.Namespace, device: AnyDevice, network: NetworkShape) -> str:
     """What was predicted, in one line."""
     batch = device.batch_size if args.batch is None else args.batch
     height, width = network.input_hw

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from las_mm import ops
 from las_mm.benchmark.engines import precision_of
-from las_mm.latency.device import load_device
+from las_mm.latency.device import load_analytic_device
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape, PoolShape
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import block_macs, masker_macs, stem_macs
@@ -60,7 +60,7 @@ class Gpu:
 
 def _tx2() -> Gpu:
     """From the latency model's device file, whose numbers equal the data sheet's."""
-    device = load_device("tx2")
+    device = load_analytic_device("tx2")
     fp32 = 2 * device.n_pe * device.macs_per_s_per_pe
     return Gpu(
         "TX2",

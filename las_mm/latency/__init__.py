@@ -1,6 +1,7 @@
 """Predicting latency from a description of the hardware (docs/latency_model.md)."""
 
-from .device import KINDS, Device, available_devices, load_device
+from .calibrated import CalibratedDevice
+from .device import KINDS, AnyDevice, Device, available_devices, load_device
 from .prediction import find_network, predict
 from .predictor import LatencyTable, Prediction, block_report, network_report, paper_report
 from .regnet import regnet_shape
@@ -11,7 +12,9 @@ from .tables import LatencyTables
 
 __all__ = [
     "KINDS",
+    "AnyDevice",
     "BlockShape",
+    "CalibratedDevice",
     "ConvShape",
     "Device",
     "LatencyTable",

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from . import operators as ops
-from .device import Device, load_device
+from .calibrated import CalibratedDevice
+from .device import AnyDevice, Device, load_device
 from .report import Report
 from .shapes import BlockShape, ConvShape, NetworkShape, PoolShape
 from .tiling import PatchCost
@@ -28,7 +29,7 @@ _RATE_SLACK = 1e-7
 
 
 def block_report(
-    device: str | Path | Device,
+    device: str | Path | AnyDevice,
     block: BlockShape,
     rate: float = 1.0,
     rate_dilated: float | None = None,
@@ -43,7 +44,8 @@ def block_report(
         rate: Share of the patches (spatial, both) or of the images (layer) computed, 0 to 1.
             Not used by a channel block.
         rate_dilated: Share of conv1's patches computed by a spatial block. Defaults to None,
-            the paper's setting: the same as ``rate``.
+            the paper's setting: the same as ``rate``; on a calibrated device, the halo of
+            coherent masks.
         batch_size: Images per batch. Defaults to the device's.
         rate_channel: Share of the channels computed by a block that skips channels. Defaults
             to 1.
@@ -53,8 +55,13 @@ def block_report(
     """
     device = load_device(device)
     rate = _rate("rate", rate)
-    rate_dilated = rate if rate_dilated is None else _rate("rate_dilated", rate_dilated)
+    if rate_dilated is None:
+        rate_dilated = float(default_dilated_rate(device, block, np.asarray(rate)))
+    rate_dilated = _rate("rate_dilated", rate_dilated)
     rate_channel = _rate("rate_channel", rate_channel)
+    if isinstance(device, CalibratedDevice):
+        batch = ops.check_batch(block.name, device, batch_size)
+        return device.block_report(block, rate, rate_dilated, batch, rate_channel)
     if block.has_patches:
         fused, masker, conv1, rest = spatial_costs(device, block, batch_size, rate_channel)
         apart = Report.group(
@@ -220,9 +227,7 @@ def fixed_parts(device: Device, block: BlockShape, batch_size: int | None) -> li
     )
 
 
-def channel_masker_parts(
-    device: Device, block: BlockShape, batch_size: int | None
-) -> list[Report]:
+def channel_masker_parts(device: Device, block: BlockShape, batch_size: int | None) -> list[Report]:
     """The channel masker, a report of its operators; empty without one."""
     if not block.has_channels:
         return []
@@ -278,7 +283,9 @@ def downsample_parts(device: Device, block: BlockShape, batch_size: int | None) 
     return parts
 
 
-def stem_report(device: Device, network: NetworkShape, batch_size: int | None) -> Report:
+def stem_report(device: AnyDevice, network: NetworkShape, batch_size: int | None) -> Report:
+    if isinstance(device, CalibratedDevice):
+        return device.stem_report(network, ops.check_batch("stem", device, batch_size))
     parts = []
     for item in network.stem:
         if isinstance(item, PoolShape):
@@ -312,6 +319,11 @@ def stem_report(device: Device, network: NetworkShape, batch_size: int | None) -
         else:
             raise ValueError(f"there is no latency model for {item!r} of {network.name}")
     return Report.group("stem", parts)
+
+
+def default_dilated_rate(device: AnyDevice, block: BlockShape, rates: np.ndarray) -> np.ndarray:
+    """conv1's rates where only the block's are known: the papers charge no halo."""
+    return device.dilated(block, rates) if isinstance(device, CalibratedDevice) else rates
 
 
 def patch_count(rate: np.ndarray | float, positions: int) -> np.ndarray:

@@ -16,15 +16,21 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import yaml
 
+from .calibrated import CalibratedDevice, calibration_path, parse_calibrated
+
 _DEVICE_DIR = Path(__file__).parent / "devices"
 _BYTES_PER_VALUE = 4  # FP32, the only precision that the model knows
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MEASURED = ("cpu", "cuda")
+"""Names of this machine's own calibrations."""
 KINDS = {
     "published": "the numbers behind the papers' figures, which predictions reproduce",
     "datasheet": "from data sheets; L2 and launch estimated, not compared with the device",
@@ -112,24 +118,28 @@ NUMBER_FIELDS = tuple(f.name for f in fields(Device) if f.name not in ("name", "
 """The fields that hold a number, in order: the keys of a device file besides the name and kind."""
 
 
+AnyDevice = Union[Device, CalibratedDevice]
+
+
 def available_devices() -> list[str]:
     """Names of the devices shipped with the package, sorted."""
     return sorted(path.stem for path in _DEVICE_DIR.glob("*.yaml"))
 
 
-def load_device(name_or_path: str | Path | Device) -> Device:
+def load_device(name_or_path: str | Path | AnyDevice) -> AnyDevice:
     """Load a device.
 
     Shipped devices are of two kinds (``Device.kind``, :data:`KINDS`): *published* are ``v100``,
     ``rtx3090``, ``rtx3060``, ``tx2`` and ``nano``, whose numbers are exactly those of the papers'
     simulator; *datasheet* are ``a100``, ``h100``, ``rtx4090``, ``orin`` and ``t4``, whose peak
     numbers are the vendor's and whose L2 and launch figures are estimates: compare networks on
-    one such device, but do not read its milliseconds as measured ones. A file written by a
-    measurement says *calibrated*; one that says nothing is *custom*.
+    one such device, but do not read its milliseconds as measured ones. A file written by
+    ``tools/calibrate.py`` is *calibrated* (a :class:`CalibratedDevice`), and ``cpu`` and ``cuda``
+    are the names of this machine's own; a file that says nothing is *custom*.
 
     Args:
-        name_or_path: A shipped name (any case), the path of a ``.yaml`` or ``.yml`` file, or a
-            :class:`Device`, which is returned unchanged.
+        name_or_path: A shipped name (any case), ``cpu`` or ``cuda``, the path of a ``.yaml`` or
+            ``.yml`` file, or a device, which is returned unchanged.
 
     Raises:
         TypeError: The argument is none of these.
@@ -137,7 +147,7 @@ def load_device(name_or_path: str | Path | Device) -> Device:
             names the file, the field, the value, and what to write instead.
         FileNotFoundError: There is no file at the path.
     """
-    if isinstance(name_or_path, Device):
+    if isinstance(name_or_path, (Device, CalibratedDevice)):
         return name_or_path
     if not isinstance(name_or_path, (str, Path)):
         raise TypeError(
@@ -147,13 +157,21 @@ def load_device(name_or_path: str | Path | Device) -> Device:
     path = Path(name_or_path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         name = str(name_or_path).lower()
-        if name not in available_devices():
+        if name in MEASURED:
+            path = calibration_path(name)
+            if not path.is_file():
+                raise ValueError(
+                    f"this machine's {name} is not calibrated yet (no {path}): run "
+                    f"tools/calibrate.py --device {name}, or give another device"
+                )
+        elif name in available_devices():
+            path = _DEVICE_DIR / f"{name}.yaml"
+        else:
             raise ValueError(
                 f"unknown device {str(name_or_path)!r}; shipped devices: "
-                f"{', '.join(available_devices())}; for another one give the path of its .yaml "
-                "file"
+                f"{', '.join(available_devices())}; {' or '.join(MEASURED)} is this machine's own "
+                "calibration; for another one give the path of its .yaml file"
             )
-        path = _DEVICE_DIR / f"{name}.yaml"
     if not path.is_file():
         raise FileNotFoundError(
             f"no device file at {path}; shipped devices, which need no path: "
@@ -162,10 +180,26 @@ def load_device(name_or_path: str | Path | Device) -> Device:
     return _parse(path)
 
 
-def _parse(path: Path) -> Device:
+def load_analytic_device(name_or_path: str | Path | AnyDevice) -> Device:
+    """:func:`load_device` where only the analytical model has an answer.
+
+    Raises:
+        ValueError: The device is a calibrated one; else as :func:`load_device`.
+    """
+    device = load_device(name_or_path)
+    if isinstance(device, CalibratedDevice):
+        raise ValueError(
+            f"{device.name} is calibrated by measurement, which covers the blocks of "
+            "convolutional networks; give a device of the analytical model: "
+            f"{', '.join(available_devices())}"
+        )
+    return device
+
+
+def _parse(path: Path) -> AnyDevice:
     """Read and validate one device file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     required = ("name", *NUMBER_FIELDS)
@@ -175,6 +209,10 @@ def _parse(path: Path) -> Device:
             f"{path}: expected a mapping with the keys {', '.join(known)}, "
             f"got {type(content).__name__}"
         )
+    if content.get("kind") == "calibrated":
+        device = parse_calibrated(path, content)
+        device.warn_if_stale(_here(), path)
+        return device
     unknown = [str(key) for key in content if key not in known]
     if unknown:
         raise ValueError(
@@ -195,6 +233,15 @@ def _parse(path: Path) -> Device:
         return Device(name=content["name"], sources=sources, kind=kind, **values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _here() -> dict[str, Any]:
+    """What of this process a calibration can be compared with; little where torch is not loaded."""
+    if "torch" not in sys.modules:
+        return {}
+    from las_mm.models.plan import machine
+
+    return {**machine(), "threads": sys.modules["torch"].get_num_threads()}
 
 
 def _entry(path: Path, key: str, entry: Any) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+from .calibrated import CalibratedDevice
 from .channels import (
     ChannelCost,
     ChannelMask,
@@ -347,7 +348,9 @@ def channel_conv_cost(
     images = _batch(device, batch_size)
     sizes = dict(c_in=c_in, c_out=c_out, kernel=kernel, h_out=h_out, w_out=w_out, stride=stride)
     check_sizes(name, **sizes, groups=groups, dilation=dilation, batch_size=images)
-    check_sizes(name, mask_groups=mask.groups, granularity=1 if granularity is None else granularity)
+    check_sizes(
+        name, mask_groups=mask.groups, granularity=1 if granularity is None else granularity
+    )
     _check_groups(name, c_in, c_out, groups)
     common = (stride, groups, dilation)
     if granularity is None:
@@ -620,7 +623,23 @@ def value_op(
 
 
 def _batch(device: Device, batch_size: int | None) -> int:
+    if not isinstance(device, Device):
+        raise TypeError(
+            f"operators are costed one by one for a Device of the analytical model, got "
+            f"{type(device).__name__}; a calibrated device predicts blocks and networks"
+        )
     return device.batch_size if batch_size is None else batch_size
+
+
+def check_batch(name: str, device: Device | CalibratedDevice, batch_size: int | None) -> int:
+    """The batch size: what is given, else the device's.
+
+    Raises:
+        ValueError: It is not a positive integer.
+    """
+    batch = device.batch_size if batch_size is None else batch_size
+    check_sizes(name, batch_size=batch)
+    return batch
 
 
 def check_sizes(name: str, **sizes: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from .device import Device, load_device
+from .device import AnyDevice, load_device
 from .predictor import network_report
 from .report import Report
 from .shapes import NetworkShape
@@ -24,7 +24,7 @@ Rates = Union[float, Sequence[float], np.ndarray]
 
 def predict(
     source: Source,
-    device: str | Path | Device,
+    device: str | Path | AnyDevice,
     input_shape: Sequence[int] | None = None,
     rates: Rates | None = None,
     rates_dilated: Rates | None = None,

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from .blocks import block_report, fixed_parts, patch_count, spatial_costs, stem_report
-from .device import Device, load_device
+from .calibrated import CalibratedDevice
+from .device import AnyDevice, load_device
+from .operators import check_batch
 from .report import Report
 from .shapes import BlockShape, NetworkShape, resnet_shape
 from .tiling import PatchCost
@@ -30,7 +32,7 @@ PATCH_COUNTS = ("whole", "mean")
 
 
 def network_report(
-    device: str | Path | Device,
+    device: str | Path | AnyDevice,
     network: NetworkShape,
     rates: float | Sequence[float] | np.ndarray,
     rates_dilated: float | Sequence[float] | np.ndarray | None = None,
@@ -59,13 +61,17 @@ def network_report(
     device = load_device(device)
     count = len(network.blocks)
     active = _rates("rates", rates, count)
-    dilated = active if rates_dilated is None else _rates("rates_dilated", rates_dilated, count)
+    dilated: Sequence[float | None] | np.ndarray = [None] * count
+    if rates_dilated is not None:
+        dilated = _rates("rates_dilated", rates_dilated, count)
     channel = _rates("rates_channel", rates_channel, count)
     groups = [stem_report(device, network, batch_size)] if include_stem and network.stem else []
     stages: dict[int, list[Report]] = {}
-    for block, *rates_of_block in zip(network.blocks, active, dilated, channel):
-        rate, rate_dilated, rate_channel = map(float, rates_of_block)
-        report = block_report(device, block, rate, rate_dilated, batch_size, rate_channel)
+    for block, rate, rate_dilated, rate_channel in zip(network.blocks, active, dilated, channel):
+        conv1_rate = None if rate_dilated is None else float(rate_dilated)
+        report = block_report(
+            device, block, float(rate), conv1_rate, batch_size, float(rate_channel)
+        )
         stages.setdefault(block.stage, []).append(report)
     groups += [Report.group(f"stage{stage}", blocks) for stage, blocks in stages.items()]
     report = Report.group(network.name, groups)
@@ -74,7 +80,7 @@ def network_report(
 
 
 def paper_report(
-    device: str | Path | Device,
+    device: str | Path | AnyDevice,
     depth: int = 101,
     granularity: Sequence[int] = (4, 4, 2, 1),
     mode: str | Sequence[str] = "spatial",
@@ -157,7 +163,7 @@ class LatencyTable:
 
     def __init__(
         self,
-        device: str | Path | Device,
+        device: str | Path | AnyDevice,
         network: NetworkShape,
         batch_size: int | None = None,
         points: int = 33,
@@ -198,6 +204,10 @@ class LatencyTable:
             stem = stem_report(self.device, network, self.batch_size)
             self.stem_s = stem.latency_s / self.batch_size
         self.static_s = self.stem_s + float(self.static_block_s.sum())
+        self._halo: np.ndarray | None = None
+        if isinstance(self.device, CalibratedDevice):
+            halo = {key: self.device.dilated(key, self.grid) for key in dict.fromkeys(keys)}
+            self._halo = np.stack([halo[key] for key in keys])
 
     def predict(
         self,
@@ -218,9 +228,10 @@ class LatencyTable:
         """
         count = len(self.network.blocks)
         active = _rates("rates", rates, count)
-        dilated = active
         if rates_dilated is not None:
             dilated = _rates("rates_dilated", rates_dilated, count)
+        else:
+            dilated = active if self._halo is None else self._interpolate(self._halo, active)
         block_s = (
             self.fixed_s
             + self._interpolate(self.rest_s, active)
@@ -252,12 +263,13 @@ class LatencyTable:
 
 
 def block_curves(
-    device: Device,
+    device: AnyDevice,
     block: BlockShape,
     rates: np.ndarray,
     batch_size: int | None = None,
     patches: str = "whole",
     rate_channel: float = 1.0,
+    rates_dilated: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """One block's latency at many rates; its tilings are searched once.
 
@@ -268,6 +280,7 @@ def block_curves(
         batch_size: Images per batch. Defaults to the device's.
         patches: See :class:`LatencyTable`.
         rate_channel: Channel rate, where the block skips channels. Defaults to 1.
+        rates_dilated: Rates of conv1, shape (points,). Defaults to None: ``rates``.
 
     Returns:
         (conv1_s, rest_s, fixed_s, static_s), seconds for the whole batch: masker and conv1 of a
@@ -281,12 +294,17 @@ def block_curves(
         raise ValueError(f"patches must be one of {', '.join(PATCH_COUNTS)}, got {patches!r}")
     static = block_report(device, replace(block, mode="static"), batch_size=batch_size).latency_s
     rates = np.asarray(rates, dtype=float)
+    dilated = rates if rates_dilated is None else np.asarray(rates_dilated, dtype=float)
+    if isinstance(device, CalibratedDevice):
+        batch = check_batch(block.name, device, batch_size)
+        # A rate is the mean over many images: there are no whole patches to round to.
+        return *device.block_curves(block, rates, dilated, batch, rate_channel), 0.0, static
     conv1 = np.zeros_like(rates)
     rest = np.zeros_like(rates)
     if block.has_patches:
         fused, masker, dynamic, others = spatial_costs(device, block, batch_size, rate_channel)
         conv1 = np.minimum(
-            fused.latency_s, masker.latency_s + _patch_seconds(dynamic, rates, patches)
+            fused.latency_s, masker.latency_s + _patch_seconds(dynamic, dilated, patches)
         )
         for cost in others:
             rest += _patch_seconds(cost, rates, patches)
@@ -304,7 +322,7 @@ def block_curves(
 
 
 def channel_surfaces(
-    device: Device,
+    device: AnyDevice,
     block: BlockShape,
     rates: np.ndarray,
     batch_size: int | None = None,
@@ -316,9 +334,7 @@ def channel_surfaces(
         (conv1_s, rest_s), seconds for the whole batch, shape (points, points) of rate and channel
         rate: as of :func:`block_curves`, what no rate changes counted with the rest.
     """
-    found = [
-        block_curves(device, block, rates, batch_size, patches, float(rate)) for rate in rates
-    ]
+    found = [block_curves(device, block, rates, batch_size, patches, float(rate)) for rate in rates]
     conv1 = np.stack([curves[0] for curves in found], axis=-1)
     rest = np.stack([curves[1] + curves[2] for curves in found], axis=-1)
     return conv1, rest

@@ -45,8 +45,8 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import stem_report
-from .device import Device, load_device
+from .blocks import default_dilated_rate, stem_report
+from .device import AnyDevice, load_device
 from .predictor import block_curves
 from .shapes import BlockShape, NetworkShape
 
@@ -137,7 +137,7 @@ class SearchResult:
         current: The network's own setting, where it has one S and one G per stage.
     """
 
-    device: Device
+    device: AnyDevice
     network: NetworkShape
     batch_size: int
     rate: float
@@ -207,7 +207,7 @@ def channel_candidates(widths: Sequence[int]) -> list[int]:
 
 
 def search_granularity(
-    device: str | Path | Device,
+    device: str | Path | AnyDevice,
     network: NetworkShape,
     rate: float = 0.5,
     batch_size: int | None = None,
@@ -292,7 +292,7 @@ def search_granularity(
 
 
 def latency_against_rate(
-    device: str | Path | Device,
+    device: str | Path | AnyDevice,
     network: NetworkShape,
     granularity: Sequence[int],
     rates: np.ndarray,
@@ -349,7 +349,7 @@ def latency_against_rate(
 
 
 def _block_seconds(
-    device: Device,
+    device: AnyDevice,
     block: BlockShape,
     rates: np.ndarray,
     rate_channel: float,
@@ -361,8 +361,9 @@ def _block_seconds(
     The rates are channel rates where only channels are skipped; there the curve is interpolated.
     """
     if block.mode != "channel":
+        dilated = default_dilated_rate(device, block, rates)
         conv1, rest, fixed, static = block_curves(
-            device, block, rates, images, patches, rate_channel
+            device, block, rates, images, patches, rate_channel, dilated
         )
         return conv1 + rest + fixed, static
     values = []
@@ -379,7 +380,7 @@ class _Curves:
     """
 
     def __init__(
-        self, device: Device, rate: float, rate_channel: float, images: int, patches: str
+        self, device: AnyDevice, rate: float, rate_channel: float, images: int, patches: str
     ) -> None:
         self.device, self.images, self.patches = device, images, patches
         self.rate_channel = rate_channel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .device import Device, load_device
+from .device import AnyDevice, load_device
 from .predictor import LatencyTable
 from .shapes import NetworkShape
 
@@ -21,7 +21,7 @@ class LatencyTables:
     """
 
     def __init__(
-        self, device: str | Path | Device, batch_size: int | None = None, **options: Any
+        self, device: str | Path | AnyDevice, batch_size: int | None = None, **options: Any
     ) -> None:
         self.device = load_device(device)
         self.batch_size = batch_size

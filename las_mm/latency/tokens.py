@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import operators as ops
-from .device import Device, load_device
+from .device import Device, load_analytic_device
 from .report import Report
 from .tiling import search_conv
 
@@ -93,9 +93,7 @@ def matmul(
         ValueError: A size is not a positive integer.
     """
     ops.check_sizes(name, count=count, rows=rows, depth=depth, columns=columns)
-    times = search_conv(
-        device, count * depth, count * columns, 1, 1, rows, 1, count, 1, 1, True
-    )
+    times = search_conv(device, count * depth, count * columns, 1, 1, rows, 1, count, 1, 1, True)
     return Report(name, *times, device.launch_s)
 
 
@@ -195,7 +193,7 @@ def transformer_report(
     Raises:
         ValueError: A rate outside [0, 1], or a bad ``batch_size``.
     """
-    device = load_device(device)
+    device = load_analytic_device(device)
     for key, rate in dict(rate_attention=rate_attention, rate_mlp=rate_mlp).items():
         _check_rate(key, rate)
     tokens = _kept(shape, rate_tokens)
@@ -207,7 +205,14 @@ def transformer_report(
                 "maskers",
                 [
                     ops.static_conv(
-                        device, shape.dim, 2, 1, 1, shape.tokens, batch_size=batch_size, name="token"
+                        device,
+                        shape.dim,
+                        2,
+                        1,
+                        1,
+                        shape.tokens,
+                        batch_size=batch_size,
+                        name="token",
                     ),
                     ops.fully_connected(
                         device, shape.dim, outputs, batch_size=batch_size, name="image"

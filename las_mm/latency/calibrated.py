@@ -1,0 +1,277 @@
+"""A device whose latencies were measured: what it predicts, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from .fitted import INPUTS, TERMS, Correction, FittedModel, Probes
+from .halo import expected_dilated_rate
+from .report import Report
+from .shapes import BlockShape, ConvShape, NetworkShape, PoolShape
+
+FORMAT = 1
+_DIGITS = 7  # of numbers in a file; float32 has as many
+_RECALIBRATE = "run tools/calibrate.py again"
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True, eq=False)
+class CalibratedDevice:
+    """A machine with a model fitted to measurements on it, in place of the analytical one.
+
+    Times are those of the sparse runtime of this package (static blocks included), at the threads
+    and the dtype of the measurement. A rate without a recorded dilated rate is taken for that of
+    coherent masks (:mod:`las_mm.latency.halo`), where the analytical devices follow the papers
+    and charge no halo.
+
+    Attributes:
+        name: Name to show.
+        machine: What was measured: device, processor, isa, threads, dtype, versions.
+        date: When, YYYY-MM-DD.
+        accuracy: How well blocks are predicted that the fit has not seen.
+        model: The fitted model.
+        batch_size: Images per batch where none is given.
+        kind: ``'calibrated'``.
+    """
+
+    name: str
+    machine: Mapping[str, Any]
+    date: str
+    accuracy: Mapping[str, float]
+    model: FittedModel
+    batch_size: int = 1
+    kind: str = field(default="calibrated", init=False)
+
+    @property
+    def note(self) -> str:
+        """One line for people: what predictions for this device rest on."""
+        m = self.machine
+        return (
+            f"{self.name}: calibrated on {self.date} ({m['processor']}, {m['threads']} threads, "
+            f"{m['dtype']}); unseen blocks within {100 * self.accuracy['rmspe']:.1f} % (RMS), "
+            f"{100 * self.accuracy['within_10_percent']:.0f} % of them within 10 %"
+        )
+
+    def dilated(self, block: BlockShape, rates: np.ndarray) -> np.ndarray:
+        """conv1's rates where only the block's are known."""
+        return expected_dilated_rate(block, rates)
+
+    def block_report(
+        self, block: BlockShape, rate: float, dilated: float, batch: int, channel: float
+    ) -> Report:
+        """Seconds of a block for the batch, by operator."""
+        parts = self.model.parts(block, batch, rate, dilated, channel)
+        operators: dict[str, dict[str, float]] = {}
+        for name, seconds in parts.items():
+            term = TERMS[name]
+            times = operators.setdefault(term.operator, dict(compute=0.0, memory=0.0, launch=0.0))
+            times[term.kind] += float(seconds[0])
+        reports = [
+            Report(name, t["compute"], t["memory"], t["launch"]) for name, t in operators.items()
+        ]
+        return Report.group(block.name, [r for r in reports if r.latency_s])
+
+    def block_curves(
+        self,
+        block: BlockShape,
+        rates: np.ndarray,
+        rates_dilated: np.ndarray,
+        batch: int,
+        channel: float,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(conv1's part at ``rates_dilated``, all else at ``rates``), seconds of the batch."""
+        conv1 = self.model.curves(block, batch, rates_dilated, rates_dilated, channel).dilated
+        return conv1, self.model.curves(block, batch, rates, rates, channel).rate
+
+    def stem_report(self, network: NetworkShape, batch: int) -> Report:
+        """Seconds of the stem for the batch.
+
+        Raises:
+            ValueError: It holds something without a model.
+        """
+        parts = []
+        stem = list(network.stem)
+        constants = self.model.stem_s
+        while stem:
+            item = stem.pop(0)
+            if isinstance(item, PoolShape):
+                moved = 4 * batch * item.channels * item.h_out * item.w_out * (item.stride**2 + 1)
+                seconds = float(self.model.probes.transfer_s(moved, moved))
+                parts.append(Report(item.name, 0.0, seconds, constants["call"]))
+                continue
+            if not isinstance(item, ConvShape):
+                raise ValueError(f"there is no latency model for {item!r} of {network.name}")
+            products = batch * item.h_out * item.w_out * item.c_out * item.kernel**2
+            products *= item.c_in // item.groups
+            if item.c_in > 4:  # of a deep stem: an ordinary dense convolution
+                seconds = products / self.model.probes.macs_per_s
+                seconds *= self.model.constants["conv2"] + self.model.constants["conv2_panels"]
+                parts.append(Report(item.name, seconds, 0.0, constants["call"]))
+                continue
+            pooled = item.kernel == 7 and len(stem) == 1 and isinstance(stem[0], PoolShape)
+            name = item.name
+            if pooled:
+                name += "+" + stem.pop(0).name
+            each = constants["pooled" if pooled else "plain"]
+            parts.append(Report(name, products * each, 0.0, constants["call"]))
+        return Report.group("stem", parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the device's file."""
+        model, probes = self.model, self.model.probes
+        content: dict[str, Any] = {
+            "name": self.name,
+            "kind": self.kind,
+            "format": FORMAT,
+            "date": self.date,
+            "machine": dict(self.machine),
+            "accuracy": dict(self.accuracy),
+            "batch_size": self.batch_size,
+            "probes": {
+                "macs_per_s": probes.macs_per_s,
+                "macs_per_s_one": probes.macs_per_s_one,
+                "bandwidth": [list(pair) for pair in probes.bandwidth],
+                "call_s": probes.call_s,
+            },
+            "tiles": model.tiles,
+            "constants": dict(model.constants),
+            "stem_s": dict(model.stem_s),
+            "correction": {
+                "inputs": list(INPUTS),
+                "center": model.correction.center.tolist(),
+                "scale": model.correction.scale.tolist(),
+                "amplitude": model.correction.amplitude,
+                "weights": model.correction.weights.tolist(),
+                "points": model.correction.points.tolist(),
+            },
+        }
+        content = _rounded(content)
+        content["checksum"] = _checksum(content)
+        return content
+
+    def to_yaml(self) -> str:
+        """The device's file."""
+        head = f"# Measured by tools/calibrate.py on {self.date}. Not to be edited.\n"
+        return head + yaml.safe_dump(self.to_dict(), sort_keys=False, width=2**16)
+
+    def warn_if_stale(self, here: Mapping[str, Any], path: Path) -> None:
+        """Say once per file and process if it was measured on something else than ``here``."""
+        other = [
+            f"{key} {self.machine[key]!r}, here {here[key]!r}"
+            for key in ("processor", "isa", "threads", "las_mm")
+            if key in here and self.machine.get(key) != here[key]
+        ]
+        if not other or str(path) in _warned:
+            return
+        _warned.add(str(path))
+        from mmengine.logging import print_log
+
+        print_log(
+            f"{path} was measured with {'; '.join(other)}: its predictions hold for that. For "
+            f"this machine, {_RECALIBRATE}",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+def parse_calibrated(path: Path, content: Mapping[str, Any]) -> CalibratedDevice:
+    """The device of a file's content.
+
+    Raises:
+        ValueError: The file was changed, cut off, or written by another version.
+    """
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: format {content.get('format')!r}, this version reads {FORMAT}; {_RECALIBRATE}"
+        )
+    body = {key: value for key, value in content.items() if key != "checksum"}
+    if content.get("checksum") != _checksum(body):
+        raise ValueError(
+            f"{path}: the checksum does not fit the content, so the file was edited or is "
+            f"damaged; {_RECALIBRATE}"
+        )
+    try:
+        correction, probes = body["correction"], body["probes"]
+        if correction["inputs"] != list(INPUTS) or set(body["constants"]) != set(TERMS):
+            raise ValueError("its model is that of another version")
+        arrays = {
+            key: np.asarray(correction[key], dtype=float)
+            for key in ("center", "scale", "weights", "points")
+        }
+        count = len(INPUTS)
+        shapes = dict(center=(count,), scale=(count,), points=(len(arrays["weights"]), count))
+        for key, shape in shapes.items():
+            if arrays[key].shape != shape:
+                raise ValueError(f"correction.{key} has shape {arrays[key].shape}, not {shape}")
+        _check_finite(body)
+        model = FittedModel(
+            probes=Probes(
+                probes["macs_per_s"],
+                probes["macs_per_s_one"],
+                tuple((float(size), float(rate)) for size, rate in probes["bandwidth"]),
+                probes["call_s"],
+            ),
+            constants=body["constants"],
+            correction=Correction(amplitude=correction["amplitude"], **arrays),
+            stem_s=body["stem_s"],
+            tiles=body["tiles"],
+        )
+        return CalibratedDevice(
+            name=body["name"],
+            machine=body["machine"],
+            date=body["date"],
+            accuracy=body["accuracy"],
+            model=model,
+            batch_size=body["batch_size"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; {_RECALIBRATE}") from error
+
+
+def calibration_path(device_type: str) -> Path:
+    """Where this machine's own calibration is kept: ``cpu.yaml`` in ``$LAS_MM_CACHE`` or
+    ``~/.cache/las_mm``."""
+    folder = os.environ.get("LAS_MM_CACHE")
+    if not folder:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = str(Path(base) / "las_mm")
+    return Path(folder) / f"{device_type}.yaml"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        number = float(f"{float(value):.{_DIGITS}g}")
+        # YAML 1.1 reads 1e-05 as text, and PyYAML writes it that way: 1.0e-05 is a number.
+        return number
+    return value
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_finite(value: Any) -> None:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_finite(item)
+    elif isinstance(value, numbers.Real) and not math.isfinite(value):
+        raise ValueError(f"it holds {value!r}")

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Measure this machine so that latency can be predicted for it.
+
+python tools/calibrate.py --device cpu
+
+About 6 minutes; let nothing else run meanwhile. The device file goes to ~/.cache/las_mm/cpu.yaml
+(or $LAS_MM_CACHE, or --out), where the name 'cpu' finds it:
+
+python tools/predict_latency.py configs/mask_rcnn_lasnet_r101.py --device cpu --rate 0.5
+
+Interrupted (Ctrl-C), it goes on where it stopped when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from las_mm.fileio import write_atomically
+from las_mm.latency.calibrate import CASES, DTYPES, VISITS, Settings, calibrate
+from las_mm.latency.calibrated import CalibratedDevice, calibration_path
+from las_mm.latency.device import MEASURED
+from las_mm.preflight import Parser, UserError
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(prog="calibrate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--device", choices=MEASURED, default="cpu", help="what to measure (default: cpu)")
+    add("--dtype", choices=sorted(DTYPES), default="float32", help="of weights and features")
+    add("--threads", type=int, help="torch's threads (default: torch's own number)")
+    add("--out", type=Path, help="device file to write (default: in ~/.cache/las_mm)")
+    add("--name", help="of the device in tables (default: --device)")
+    add("--cases", type=int, default=CASES, help=f"blocks to measure (default: {CASES})")
+    add("--visits", type=int, default=VISITS, help=f"times to come back to each ({VISITS})")
+    add("--restart", action="store_true", help="forget an interrupted calibration")
+    args = parser.parse_args(argv)
+    for option in ("threads", "cases", "visits"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option} must be positive, got {value}")
+    if args.out is not None and args.out.suffix.lower() not in (".yaml", ".yml"):
+        parser.error(f"--out must end in .yaml or .yml, got {args.out}")
+    return args
+
+
+def run(args: argparse.Namespace) -> CalibratedDevice:
+    """Measure, fit and write.
+
+    Raises:
+        UserError: The device is not there, or a file cannot be used.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = Settings(args.device, args.dtype, torch.get_num_threads(), args.cases, args.visits)
+    out = args.out or calibration_path(args.device)
+    record = out.with_name(f"{out.stem}.measurements.jsonl")
+    if args.restart:
+        record.unlink(missing_ok=True)
+    console = Console()
+    console.print(
+        f"Measuring {args.cases} blocks {args.visits} times ({settings.threads} threads, "
+        f"{args.dtype}); let nothing else run meanwhile. Record: {record}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("measuring")
+            device = calibrate(
+                settings,
+                record,
+                args.name or args.device,
+                datetime.date.today().isoformat(),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        write_atomically(out, device.to_yaml().encode())
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        raise UserError(str(error)) from error
+    record.unlink(missing_ok=True)
+    probes, accuracy = device.model.probes, device.accuracy
+    table = Table(show_header=False)
+    table.add_row(
+        "peak",
+        f"{2e-9 * probes.macs_per_s:.0f} GFLOP/s, one thread "
+        f"{2e-9 * probes.macs_per_s_one:.0f} GFLOP/s",
+    )
+    levels = (f"{1e-9 * rate:.0f} GB/s at {size / 2**20:g} MiB" for size, rate in probes.bandwidth)
+    table.add_row("bandwidth", ", ".join(list(levels)[::3]))
+    table.add_row("a call", f"{1e6 * probes.call_s:.1f} us")
+    table.add_row(
+        "unseen blocks",
+        f"{100 * accuracy['rmspe']:.1f} % RMS error, {100 * accuracy['within_10_percent']:.0f} % "
+        f"within 10 %, rank correlation {accuracy['rank_correlation']:.4f}",
+    )
+    console.print(table)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    return device
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the tool."""
+    try:
+        run(parse_args(argv))
+    except UserError as error:
+        sys.exit(f"calibrate.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("calibrate.py: interrupted; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()

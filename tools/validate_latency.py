@@ -1,0 +1,253 @@
+#!/usr/bin/env python
+"""Check a calibration of this machine against blocks, networks and granularities it has not seen.
+
+python tools/calibrate.py --device cpu
+python tools/validate_latency.py --device cpu --write docs/latency.md
+
+About 15 minutes on an idle machine. Prints tables; --write puts them between the markers of a
+Markdown file, with a picture beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from las_mm.fileio import write_atomically
+from las_mm.latency import CalibratedDevice, load_device
+from las_mm.latency.calibrate import Settings
+from las_mm.latency.calibrated import calibration_path
+from las_mm.latency.validation import (
+    BlockResults,
+    NetworkResult,
+    SearchCheck,
+    validate_blocks,
+    validate_networks,
+    validate_search,
+)
+from las_mm.preflight import Parser, UserError
+
+BEGIN, END = "<!-- validation: begin -->", "<!-- validation: end -->"
+SEARCHES = ((50, (1, 800, 1344)), (50, (8, 224, 224)))
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(
+        prog="validate_latency.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--device", default="cpu", help="a calibration: cpu, or its file (default: cpu)")
+    add("--cases", type=int, default=320, help="blocks to measure (default: 320)")
+    add("--visits", type=int, default=5, help="times to come back to each (default: 5)")
+    add("--seed", type=int, default=2, help="of the drawing of blocks (default: 2)")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    add("--write", type=Path, help="Markdown file with the markers, e.g. docs/latency.md")
+    add("--restart", action="store_true", help="forget interrupted measurements")
+    args = parser.parse_args(argv)
+    for option in ("cases", "visits"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option} must be positive, got {getattr(args, option)}")
+    return args
+
+
+PARTS = ("blocks", "networks", "search")
+
+
+def read_device(name: str) -> CalibratedDevice:
+    """The calibration; sets torch's threads to its own.
+
+    Raises:
+        UserError: It is none, or of another kind of device.
+    """
+    try:
+        device = load_device(name)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    if not isinstance(device, CalibratedDevice):
+        raise UserError(f"--device {name} is {device.kind}: there is nothing here to measure it on")
+    if device.machine["device"] != "cpu":
+        raise UserError(
+            f"--device {name} is of a {device.machine['device']}; only a CPU is checked"
+        )
+    torch.set_num_threads(device.machine["threads"])
+    return device
+
+
+def check_target(path: Path | None) -> str:
+    """The text of the Markdown file.
+
+    Raises:
+        UserError: It is missing or has no markers.
+    """
+    if path is None:
+        return ""
+    if not path.is_file():
+        raise UserError(f"--write {path} does not exist")
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"--write {path} must hold the markers {BEGIN} and {END}, once each")
+    return text
+
+
+def block_table(results: BlockResults) -> list[str]:
+    """Accuracy by group, as Markdown."""
+    lines = [
+        "| blocks | number | RMS error | within 10 % | median error | rank correlation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, a in results.groups().items():
+        lines.append(
+            f"| {name} | {a.cases} | {100 * a.rmspe:.1f} % | {100 * a.within_10_percent:.0f} % | "
+            f"{100 * a.bias:+.1f} % | {a.rank_correlation:.4f} |"
+        )
+    return lines
+
+
+def network_table(results: list[NetworkResult]) -> list[str]:
+    """Networks, as Markdown."""
+    lines = [
+        "| network | input | rate | predicted ms | measured ms | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        rate = "static" if r.rate is None else f"{r.rate:g}"
+        lines.append(
+            f"| ResNet-{r.depth} | {'x'.join(map(str, r.input_shape))} | {rate} | "
+            f"{1e3 * r.predicted_s:.1f} | {1e3 * r.measured_s:.1f} | {100 * r.error:+.1f} % |"
+        )
+    return lines
+
+
+def search_table(check: SearchCheck) -> list[str]:
+    """Settings of one search, as Markdown."""
+    size = "x".join(map(str, check.input_shape))
+    lines = [
+        f"ResNet-{check.depth} at {size}, rate {check.rate:g}: the chosen setting is "
+        f"{100 * check.loss:.1f} % slower than the fastest measured one.",
+        "",
+        "| S | predicted ms | measured ms |",
+        "|---|---|---|",
+    ]
+    for r in check.results:
+        name = "-".join(map(str, r.granularity))
+        name = f"**{name}** (chosen)" if r.granularity == check.chosen else name
+        lines.append(f"| {name} | {1e3 * r.predicted_s:.1f} | {1e3 * r.measured_s:.1f} |")
+    return lines
+
+
+def draw(results: BlockResults, networks: list[NetworkResult], path: Path) -> None:
+    """Predicted against measured, in a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 6.4))
+    measured, predicted = 1e3 * results.measured, 1e3 * results.predicted
+    for mode, color in (("static", "tab:gray"), ("spatial", "tab:blue"), ("layer", "tab:orange")):
+        chosen = [o.block.mode == mode for o in results.observed]
+        axes.scatter(measured[chosen], predicted[chosen], s=9, color=color, label=f"{mode} blocks")
+    if networks:
+        axes.scatter(
+            [1e3 * r.measured_s for r in networks],
+            [1e3 * r.predicted_s for r in networks],
+            s=28,
+            marker="s",
+            facecolors="none",
+            edgecolors="tab:red",
+            label="ResNet-50 and -101",
+        )
+    low, high = axes.get_xlim()
+    low, high = measured.min() / 1.5, max(high, measured.max())
+    for factor, style in ((1.0, "-"), (1.1, ":"), (1 / 1.1, ":")):
+        axes.plot([low, high], [factor * low, factor * high], "k" + style, linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="measured ms", ylabel="predicted ms")
+    axes.set_title("Calibrated predictions (dotted: 10 %)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, write.
+
+    Raises:
+        UserError: See the parts.
+    """
+    text = check_target(args.write)
+    device = read_device(args.device)
+    console = Console()
+    console.print(device.note, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    lines = [f"Measured with `tools/validate_latency.py`; {device.note}.", ""]
+    blocks, networks = None, []
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        if "blocks" in args.parts:
+            task = bar.add_task("blocks")
+            settings = Settings(
+                "cpu",
+                device.machine["dtype"],
+                device.machine["threads"],
+                args.cases,
+                args.visits,
+                args.seed,
+            )
+            record = calibration_path("cpu").with_name("validation.measurements.jsonl")
+            if args.restart:
+                record.unlink(missing_ok=True)
+            try:
+                blocks = validate_blocks(
+                    device,
+                    settings,
+                    record,
+                    args.cases,
+                    lambda done, total: bar.update(task, completed=done, total=total),
+                )
+            except (ValueError, RuntimeError, OSError) as error:
+                raise UserError(str(error)) from error
+            lines += [*block_table(blocks), ""]
+        if "networks" in args.parts:
+            networks_task = bar.add_task("networks")
+            networks = validate_networks(
+                device,
+                progress=lambda done, total: bar.update(networks_task, completed=done, total=total),
+            )
+            lines += [*network_table(networks), ""]
+        if "search" in args.parts:
+            search_task = bar.add_task("searches", total=len(SEARCHES))
+            for depth, shape in SEARCHES:
+                lines += [*search_table(validate_search(device, depth, shape)), ""]
+                bar.advance(search_task)
+    print("\n".join(lines))
+    if args.write is not None:
+        if blocks is not None:
+            picture = args.write.with_suffix(".png")
+            draw(blocks, networks, picture)
+            lines += [f"![predicted against measured]({picture.name})", ""]
+        before, rest = text.split(BEGIN)
+        after = rest.split(END)[1]
+        new = before + BEGIN + "\n" + "\n".join(lines) + END + after
+        write_atomically(args.write, new.encode())
+    if blocks is not None:
+        record.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the tool."""
+    try:
+        run(parse_args(argv))
+    except UserError as error:
+        sys.exit(f"validate_latency.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("validate_latency.py: interrupted; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()
