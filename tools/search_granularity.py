@@ -5,8 +5,8 @@ python tools/search_granularity.py configs/mask_rcnn_lasnet_r101.py --device v10
     --shape 800 1344 --batch 1 --rate 0.5 --plot search.png --write my_config.py
 python tools/search_granularity.py CONFIG --devices v100 tx2 --shape 224 224 --plot devices.png
 
-The first form ranks all S (patches) and G (channels) per stage, the second compares devices. What the model leaves out, such
-as accuracy, which coarse patches cost: las_mm/latency/search.py.
+The first form ranks all S (patches) and G (channels) per stage, the second compares devices. What
+the model leaves out, such as accuracy, which coarse patches cost: las_mm/latency/search.py.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def settings_table(result: SearchResult) -> Table:
     title = f"backbone, static {1e3 * result.static_s:.3f} ms per image"
     table = Table(title=title, title_justify="left", min_width=76)
     table.add_column("")
-    table.add_column("per stage")
+    table.add_column("granularity per stage" if skips_channels(result) else "S per stage")
     for column in ("ms", "ratio"):
         table.add_column(column, justify="right")
     labels: dict[str, list[str]] = {}
@@ -158,14 +158,13 @@ def join(granularity: Sequence[int]) -> str:
 
 
 def title_of(result: SearchResult, setting: Setting) -> str:
-    """A setting in a few letters: S, and G where the network has use for it."""
-    modes = {stage.mode for stage in result.stages}
-    parts = []
-    if modes != {"channel"}:
-        parts.append(f"S={join(setting.granularity)}")
-    if modes != {"spatial"}:
-        parts.append(f"G={join(setting.channel_granularity)}")
-    return " ".join(parts)
+    """A setting in a few letters: S as in the papers, and G where the network has use for it."""
+    if not skips_channels(result):
+        return join(setting.granularity)
+    groups = f"G={join(setting.channel_granularity)}"
+    if all(stage.mode == "channel" for stage in result.stages):
+        return groups
+    return f"S={join(setting.granularity)} {groups}"
 
 
 def conditions(result: SearchResult) -> str:
@@ -286,7 +285,7 @@ def draw_comparison(results: Sequence[SearchResult], curves: dict[str, Any], out
                 [1e3 * value for value in latency],
                 color=f"C{index}",
                 linewidth=2.6 if best else 1.3,
-                label=f"{setting} ({', '.join(chosen_by[setting])})",
+                label=f"{'' if skips_channels(result) else 'S='}{setting} ({', '.join(chosen_by[setting])})",
             )
         axes.axhline(1e3 * found["static_s"], color="black", linestyle="--", label="static")
         axes.axvline(result.rate, color="grey", linewidth=0.8, linestyle=":")

@@ -154,9 +154,9 @@ def test_operators_of_blocks():
 
 def test_se_costs_the_kept_share():
     block = _block(mode="spatial", se_width=16)
-    parts = {
-        rate: {c.name: c for c in block_report("tx2", block, rate).children} for rate in (0.0, 0.5, 1.0)
-    }  # fmt: skip
+    parts = {}
+    for rate in (0.0, 0.5, 1.0):
+        parts[rate] = {c.name: c for c in block_report("tx2", block, rate).children}
     for name in ("se_pool", "se_scale"):
         empty, half, full = (parts[rate][name] for rate in (0.0, 0.5, 1.0))
         assert empty.latency_s == empty.launch_s > 0
