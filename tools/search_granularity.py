@@ -280,12 +280,13 @@ def draw_comparison(results: Sequence[SearchResult], curves: dict[str, Any], out
         found = curves["devices"][result.device.name]
         for index, (setting, latency) in enumerate(found["latency_s"].items()):
             best = setting == title_of(result, result.chosen)
+            prefix = "" if skips_channels(result) else "S="
             axes.plot(
                 curves["rates"],
                 [1e3 * value for value in latency],
                 color=f"C{index}",
                 linewidth=2.6 if best else 1.3,
-                label=f"{'' if skips_channels(result) else 'S='}{setting} ({', '.join(chosen_by[setting])})",
+                label=f"{prefix}{setting} ({', '.join(chosen_by[setting])})",
             )
         axes.axhline(1e3 * found["static_s"], color="black", linestyle="--", label="static")
         axes.axvline(result.rate, color="grey", linewidth=0.8, linestyle=":")
