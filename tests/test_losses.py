@@ -132,6 +132,25 @@ def test_latency_gradient_against_finite_differences(mode):
     assert not gradient[:, ~dynamic].any()
 
 
+@pytest.mark.parametrize("mode", ["channel", "both", ("static", "both", "layer", "channel")])
+def test_latency_gradient_in_the_channel_rates(mode):
+    shape = resnet_shape(50, (96, 128), mode=mode, granularity=(4, 2, 1, 1))
+    loss = BudgetLoss(0.5, metric="latency", device="tx2")
+    cells = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(0))
+    values = ((cells + 0.5) / 32).double().requires_grad_()
+
+    def ratio(rates: torch.Tensor) -> torch.Tensor:
+        return loss.latency_report(NetworkActivation(shape, *rates, (None,) * 16)).ratio
+
+    table = LatencyTable("tx2", shape, patches="mean")
+    assert ratio(values).item() == pytest.approx(table.predict(*values.detach().numpy()).ratio)
+    assert torch.autograd.gradcheck(ratio, (values,), eps=1e-4, atol=1e-9, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(ratio(values), values)
+    channels = torch.tensor([block.has_channels for block in shape.blocks])
+    assert (gradient[2][channels] > 0).all()
+    assert not gradient[2][~channels].any()
+
+
 def test_latency_gradient_at_few_patches():
     """Four patches: rounding up would leave a quarter of the range at a time without a slope."""
     shape = resnet_shape(50, (64, 64), granularity=(8, 4, 2, 1))

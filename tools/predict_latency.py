@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
                 input_shape=shape,
                 rate=rates,
                 rate_dilated=dilated,
+                rate_channel=channel,
                 mode=[block.mode for block in network.blocks],
                 granularity=[block.granularity for block in network.blocks],
                 ratio=dynamic.latency_s / static.latency_s,

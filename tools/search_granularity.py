@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Find the fastest patch side S per stage for a device, by the latency model.
+"""Find the fastest granularity S and G per stage for a device, by the latency model.
 
 python tools/search_granularity.py configs/mask_rcnn_lasnet_r101.py --device v100 \\
     --shape 800 1344 --batch 1 --rate 0.5 --plot search.png --write my_config.py
 python tools/search_granularity.py CONFIG --devices v100 tx2 --shape 224 224 --plot devices.png
 
-The first form ranks all S per stage, the second compares devices. What the model leaves out, such
-as accuracy, which coarse patches cost: las_mm/latency/search.py.
+The first form ranks all S (patches) and G (channels) per stage, the second compares devices. What
+the model leaves out, such as accuracy, which coarse patches cost: las_mm/latency/search.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from las_mm.fileio import write_atomically
 from las_mm.latency import SearchResult, find_network, search_granularity
 from las_mm.latency.prediction import backbone_configs
 from las_mm.latency.predictor import PATCH_COUNTS
-from las_mm.latency.search import StageSearch, latency_against_rate
+from las_mm.latency.search import Setting, StageSearch, latency_against_rate
 from las_mm.preflight import Parser, UserError, load_config
 
 MARKER = '"""S per stage found by tools/search_granularity.py.'  # what --write begins with
@@ -49,6 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--shape", type=int, nargs=2, required=True, metavar=("H", "W"), help="of an image")
     add("--batch", type=int, help="images per batch; default: the device file's")
     add("--rate", type=float, default=0.5, help="expected activation rate of all blocks")
+    add("--channel-rate", type=float, default=0.5, help="expected share of channels kept")
     add("--min-patches", type=int, default=2, help="least number of patches in a map")
     add("--patches", choices=PATCH_COUNTS, default="mean", help="'whole': round up, as published")
     add("--exact", action="store_true", help="only S that divide the map")
@@ -102,16 +103,24 @@ def stage_table(found: StageSearch, top: int) -> Table:
     )
     table = Table(title=title, title_justify="left", min_width=76)
     table.add_column("")
-    for column in ("S", "patches", "ms", "ratio", "break-even rate"):
+    columns = {
+        "spatial": ("S", "patches"),
+        "channel": ("G",),
+    }.get(found.mode, ("S", "G", "patches"))
+    for column in (*columns, "ms", "ratio", "break-even rate"):
         table.add_column(column, justify="right")
     shown = list(found.choices[:top])
     if found.chosen not in shown:
         shown.append(found.chosen)
     for choice in shown:
+        cells = {
+            "S": str(choice.granularity),
+            "G": str(choice.channel_granularity),
+            "patches": f"{choice.rows} x {choice.columns}" + (", cut off" if choice.ragged else ""),
+        }
         table.add_row(
             "chosen" if choice is found.chosen else "",
-            str(choice.granularity),
-            f"{choice.rows} x {choice.columns}" + (", cut off" if choice.ragged else ""),
+            *(cells[column] for column in columns),
             f"{1e3 * choice.latency_s:.3f}",
             f"{choice.ratio:.3f}",
             f"{choice.break_even:.3f}",
@@ -124,19 +133,19 @@ def settings_table(result: SearchResult) -> Table:
     title = f"backbone, static {1e3 * result.static_s:.3f} ms per image"
     table = Table(title=title, title_justify="left", min_width=76)
     table.add_column("")
-    table.add_column("S per stage")
+    table.add_column("granularity per stage" if skips_channels(result) else "S per stage")
     for column in ("ms", "ratio"):
         table.add_column(column, justify="right")
-    labels: dict[tuple[int, ...], list[str]] = {}
-    settings = {setting.granularity: setting for setting in result.settings}
+    labels: dict[str, list[str]] = {}
+    settings = {title_of(result, setting): setting for setting in result.settings}
     for label, setting in (("chosen", result.chosen), ("config", result.current)):
         if setting is not None:
-            settings[setting.granularity] = setting
-            labels.setdefault(setting.granularity, []).append(label)
+            settings[title_of(result, setting)] = setting
+            labels.setdefault(title_of(result, setting), []).append(label)
     for setting in sorted(settings.values(), key=lambda s: s.latency_s):
         table.add_row(
-            ", ".join(labels.get(setting.granularity, [])),
-            join(setting.granularity),
+            ", ".join(labels.get(title_of(result, setting), [])),
+            title_of(result, setting),
             f"{1e3 * setting.latency_s:.3f}",
             f"{setting.ratio:.3f}",
         )
@@ -148,13 +157,29 @@ def join(granularity: Sequence[int]) -> str:
     return "-".join(map(str, granularity))
 
 
+def title_of(result: SearchResult, setting: Setting) -> str:
+    """A setting in a few letters: S as in the papers, and G where the network has use for it."""
+    if not skips_channels(result):
+        return join(setting.granularity)
+    groups = f"G={join(setting.channel_granularity)}"
+    if all(stage.mode == "channel" for stage in result.stages):
+        return groups
+    return f"S={join(setting.granularity)} {groups}"
+
+
 def conditions(result: SearchResult) -> str:
     """What was searched, in one line."""
     height, width = result.network.input_hw
     return (
         f"{result.network.name} on {result.device.name}, batch {result.batch_size} of "
         f"{height} x {width}, rate {result.rate:g}"
+        + (f", channel rate {result.rate_channel:g}" if skips_channels(result) else "")
     )
+
+
+def skips_channels(result: SearchResult) -> bool:
+    """Whether any stage does."""
+    return any(stage.mode != "spatial" for stage in result.stages)
 
 
 # ---- files
@@ -162,35 +187,61 @@ def conditions(result: SearchResult) -> str:
 
 def comparison(results: Sequence[SearchResult], patches: str) -> dict[str, Any]:
     """Latency against rate of each device's chosen setting, and the config's, on every device."""
-    settings = {result.chosen.granularity for result in results}
-    settings |= {result.current.granularity for result in results if result.current is not None}
+    found = [result.chosen for result in results]
+    found += [result.current for result in results if result.current is not None]
+    settings = {(setting.granularity, setting.channel_granularity): setting for setting in found}
     devices = {}
     for result in results:
         curves = {}
-        for setting in sorted(settings, reverse=True):
+        for key in sorted(settings, reverse=True):
             latency, static = latency_against_rate(
-                result.device, result.network, setting, RATES, result.batch_size, patches
+                result.device,
+                result.network,
+                key[0],
+                RATES,
+                result.batch_size,
+                patches,
+                channel_granularity=key[1],
+                rate_channel=result.rate_channel,
             )
-            curves[join(setting)] = latency.tolist()
+            curves[title_of(result, settings[key])] = latency.tolist()
         devices[result.device.name] = dict(static_s=static, latency_s=curves)
     return dict(rates=RATES.tolist(), devices=devices)
+
+
+def label_of_sides(result: SearchResult) -> str:
+    """What the axis of granularities shows."""
+    parts = []
+    if any(stage.mode != "channel" for stage in result.stages):
+        parts.append("S, side of a patch in outputs")
+    if any(stage.mode == "channel" for stage in result.stages):
+        parts.append("G, channels per decision")
+    return "; ".join(parts)
 
 
 def draw_search(result: SearchResult, out: Path) -> None:
     """Latency and break-even rate against S, one line per stage."""
     figure = new_figure((11, 4.6))
     ratio, even = figure.subplots(1, 2)
+    most = 1
     for index, stage in enumerate(result.stages):
-        choices = sorted(stage.choices, key=lambda choice: choice.granularity)
-        sides = [choice.granularity for choice in choices]
+        # Of a stage with both, S is drawn at the chosen G.
+        key = "channel_granularity" if stage.mode == "channel" else "granularity"
+        group = stage.chosen.channel_granularity
+        choices = [
+            c for c in stage.choices if key != "granularity" or c.channel_granularity == group
+        ]
+        choices.sort(key=lambda choice: getattr(choice, key))
+        sides = [getattr(choice, key) for choice in choices]
+        most = max(most, *sides)
         height, width = stage.map_hw
         label = f"stage {stage.stage} ({height} x {width}), static {1e3 * stage.static_s:.3g} ms"
         colour, chosen = f"C{index}", stage.chosen
-        for axes, key in ((ratio, "ratio"), (even, "break_even")):
-            values = [getattr(choice, key) for choice in choices]
+        for axes, column in ((ratio, "ratio"), (even, "break_even")):
+            values = [getattr(choice, column) for choice in choices]
             axes.plot(sides, values, "o-", color=colour, markersize=3, label=label)
             mark = dict(color=colour, markersize=10, fillstyle="none", markeredgewidth=1.8)
-            axes.plot([chosen.granularity], [getattr(chosen, key)], "o", **mark)
+            axes.plot([getattr(chosen, key)], [getattr(chosen, column)], "o", **mark)
     line = dict(color="black", linewidth=1, linestyle="--")
     ratio.axhline(1, label="static", **line)
     ratio.set(title=f"latency at rate {result.rate:g}", ylabel="latency / static stage's")
@@ -201,8 +252,8 @@ def draw_search(result: SearchResult, out: Path) -> None:
     for axes in (ratio, even):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set_xlim(0.85, 1.18 * max(c.granularity for s in result.stages for c in s.choices))
-        axes.set_xlabel("S, side of a patch in outputs (circled: chosen)")
+        axes.set_xlim(0.85, 1.18 * most)
+        axes.set_xlabel(f"{label_of_sides(result)} (circled: chosen)")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -218,9 +269,9 @@ def draw_comparison(results: Sequence[SearchResult], curves: dict[str, Any], out
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     chosen_by: dict[str, list[str]] = {}
     for result in results:
-        chosen_by.setdefault(join(result.chosen.granularity), []).append(result.device.name)
+        chosen_by.setdefault(title_of(result, result.chosen), []).append(result.device.name)
         if result.current is not None:
-            own = chosen_by.setdefault(join(result.current.granularity), [])
+            own = chosen_by.setdefault(title_of(result, result.current), [])
             if "config" not in own:
                 own.insert(0, "config")
     for axes in panels[len(results) :]:
@@ -228,13 +279,14 @@ def draw_comparison(results: Sequence[SearchResult], curves: dict[str, Any], out
     for axes, result in zip(panels, results):
         found = curves["devices"][result.device.name]
         for index, (setting, latency) in enumerate(found["latency_s"].items()):
-            best = setting == join(result.chosen.granularity)
+            best = setting == title_of(result, result.chosen)
+            prefix = "" if skips_channels(result) else "S="
             axes.plot(
                 curves["rates"],
                 [1e3 * value for value in latency],
                 color=f"C{index}",
                 linewidth=2.6 if best else 1.3,
-                label=f"S={setting} ({', '.join(chosen_by[setting])})",
+                label=f"{prefix}{setting} ({', '.join(chosen_by[setting])})",
             )
         axes.axhline(1e3 * found["static_s"], color="black", linestyle="--", label="static")
         axes.axvline(result.rate, color="grey", linewidth=0.8, linestyle=":")
@@ -277,13 +329,16 @@ def save(figure: Any, out: Path) -> None:
 def snippet(result: SearchResult, config: str, out: Path) -> str:
     """A config that inherits ``config`` and sets the chosen granularity."""
     base = osp.relpath(osp.abspath(config), osp.abspath(out.parent))
+    settings = f"granularity={result.chosen.granularity}"
+    if skips_channels(result):
+        settings += f", channel_granularity={result.chosen.channel_granularity}"
     return (
         f"{MARKER}\n\n"
         f"{conditions(result)}.\nPredicted: {1e3 * result.chosen.latency_s:.3f} ms per image, "
         f"{result.chosen.ratio:.3f} of the static backbone's; {result.device.kind} device.\n"
         f'"""\n\n'
         f"_base_ = {json.dumps(base)}\n\n"
-        f"model = dict(backbone=dict(granularity={result.chosen.granularity}))\n"
+        f"model = dict(backbone=dict({settings}))\n"
     )
 
 
@@ -325,6 +380,7 @@ def search(args: argparse.Namespace) -> list[SearchResult]:
             top=args.top,
             tolerance=args.tolerance,
             patches=args.patches,
+            rate_channel=args.channel_rate,
         )
         for device in (args.devices or [args.device])
     ]

@@ -88,7 +88,7 @@ def regnet_shape(
             )
             blocks.append(block)
             c_in, height, width = block.c_out, block.h_out, block.w_out
-    return NetworkShape(f"regnet_{arch}", tuple(input_hw), (stem,), tuple(blocks))
+    return NetworkShape(f"regnet_{arch}", (input_hw[0], input_hw[1]), (stem,), tuple(blocks))
 
 
 def _divisible(width: int, by: int) -> int:

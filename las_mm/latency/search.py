@@ -220,8 +220,8 @@ def search_granularity(
 ) -> SearchResult:
     """Find the fastest granularity of every stage; see this module for the limits.
 
-    Chosen is, per stage, the finest S, then G, within ``tolerance`` of the fastest: the model is not exact
-    to a percent, and finer masks follow the image better.
+    Chosen is, per stage, the finest S, then G, within ``tolerance`` of the fastest: the model is
+    not exact to a percent, and finer masks follow the image better.
 
     Args:
         device: A device, its name or its file.
@@ -238,7 +238,8 @@ def search_granularity(
         rate_channel: Expected channel rate of the blocks that skip channels. Defaults to 0.5.
 
     Raises:
-        ValueError: No stage skips patches or channels, no S has ``min_patches``, or an argument is out of range.
+        ValueError: No stage skips patches or channels, no S has ``min_patches``, or an argument is
+            out of range.
     """
     device = load_device(device)
     for name, share in dict(rate=rate, rate_channel=rate_channel).items():

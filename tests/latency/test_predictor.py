@@ -210,8 +210,8 @@ def test_bad_rates_are_named(rates, dilated, message):
         (lambda: LatencyTable("tx2", resnet_shape(50), batch_size=0), "batch_size must be"),
         (lambda: network_report("tx2", resnet_shape(50), 1, batch_size=0), "batch_size must be"),
         (
-            lambda: _block(mode="channel"),
-            "unknown mode 'channel'; known modes: static, spatial, layer",
+            lambda: _block(mode="diagonal"),
+            "unknown mode 'diagonal'; known modes: static, spatial, channel, layer",
         ),
         (lambda: _block(granularity=0), "granularity must be a positive integer, got 0"),
         (lambda: _block(stride=4, conv1_stride=2), "conv1_stride must be 1 or the stride 4"),

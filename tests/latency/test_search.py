@@ -9,8 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from las_mm.latency import NetworkShape, available_devices, network_report, resnet_shape
-from las_mm.latency.search import candidates, latency_against_rate, search_granularity
+from las_mm.latency import (
+    NetworkShape,
+    available_devices,
+    block_report,
+    network_report,
+    resnet_shape,
+)
+from las_mm.latency.search import (
+    candidates,
+    channel_candidates,
+    latency_against_rate,
+    search_granularity,
+)
 
 
 def test_candidates_are_the_sides_that_matter():
@@ -135,6 +146,37 @@ def test_every_shipped_device_gains_at_half_the_patches(device):
     assert tuple(content["chosen"]["granularity"]) == found.chosen.granularity
 
 
+def test_channel_candidates_divide_the_widths():
+    assert channel_candidates([64]) == [1, 2, 4, 8, 16, 32]
+    assert channel_candidates([48, 104]) == [1, 2, 4, 8]
+    assert channel_candidates([7]) == [1]
+
+
+def test_granularity_of_channels():
+    net = resnet_shape(50, (64, 96), mode=("spatial", "both", "channel", "layer"))
+    found = search_granularity("tx2", net, 0.6, rate_channel=0.4, tolerance=0, top=3)
+    assert [stage.mode for stage in found.stages] == ["spatial", "both", "channel"]
+    groups = [{c.channel_granularity for c in stage.choices} for stage in found.stages]
+    assert groups[0] == {1} and groups[1] == set(channel_candidates([128]))
+    assert {c.granularity for c in found.stages[2].choices} == {1}
+    assert found.current.channel_granularity == (1, 2, 2, 1)
+    for setting in (*found.settings, found.current):
+        shape = net.with_granularity(dict(enumerate(setting.granularity, 1)))
+        shape = shape.with_channel_granularity(dict(enumerate(setting.channel_granularity, 1)))
+        latency, _ = latency_against_rate(
+            "tx2",
+            replace(shape, blocks=tuple(b for b in shape.blocks if b.mode != "channel")),
+            setting.granularity[:2] + setting.granularity[3:],
+            np.array([0.6]),
+            channel_granularity=setting.channel_granularity[:2] + setting.channel_granularity[3:],
+            rate_channel=0.4,
+        )
+        channel = [b for b in shape.blocks if b.mode == "channel"]
+        rest = sum(block_report("tx2", b, rate_channel=0.4).latency_s for b in channel)
+        assert setting.latency_s == pytest.approx(latency[0] + rest, rel=2e-3)
+    assert found.chosen.latency_s == found.settings[0].latency_s
+
+
 def test_blocks_with_sides_of_their_own():
     net = resnet_shape(50)
     first = replace(net.blocks[0], granularity=2)
@@ -152,7 +194,10 @@ def test_blocks_with_sides_of_their_own():
         (dict(tolerance=-1), "tolerance must be a number >= 0, got -1"),
         (dict(batch_size=0), "batch_size must be"),
         (dict(patches="half"), "patches must be one of whole, mean"),
-        (dict(network=resnet_shape(50, mode="layer")), "no spatial stage.*set mode"),
+        (
+            dict(network=resnet_shape(50, mode="layer")),
+            "no spatial stage and none that skips channels.*set mode",
+        ),
     ],
 )
 def test_wrong_arguments(changes, message):
