@@ -164,7 +164,9 @@ class CalibratedDevice:
     def to_yaml(self) -> str:
         """The device's file."""
         head = f"# Measured by tools/calibrate.py on {self.date}. Not to be edited.\n"
-        return head + yaml.safe_dump(self.to_dict(), sort_keys=False, width=2**16)
+        return head + yaml.safe_dump(
+            self.to_dict(), sort_keys=False, default_flow_style=None, width=2**16
+        )
 
     def warn_if_stale(self, here: Mapping[str, Any], path: Path) -> None:
         """Say once per file and process if it was measured on something else than ``here``."""

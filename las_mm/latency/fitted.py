@@ -23,6 +23,7 @@ from .shapes import BlockShape
 
 Numbers = Union[float, np.ndarray]
 _BYTES = 4
+_LARGEST_CORRECTION = 0.5  # of the logarithm; beyond lies what disturbed measurements taught
 _PANEL, _LANES = 64, 16  # output channels that a kernel computes together, and per register
 _TILE_PRODUCTS = 4  # per output, of a Winograd tile
 _ODD_TILE = 0.45  # of a halo's positions are in tiles that a mask of odd S cuts; 3/8 to 1/2
@@ -287,7 +288,8 @@ class Correction:
         distance = (
             (scaled**2).sum(1)[:, None] + (self.points**2).sum(1)[None] - 2 * scaled @ self.points.T
         )
-        return self.amplitude * np.exp(-0.5 * np.maximum(distance, 0.0)) @ self.weights
+        found = self.amplitude * np.exp(-0.5 * np.maximum(distance, 0.0)) @ self.weights
+        return np.clip(found, -_LARGEST_CORRECTION, _LARGEST_CORRECTION)
 
 
 class BlockCurves(NamedTuple):

@@ -27,7 +27,7 @@ from .shapes import BlockShape
 _FOLDS = 5
 _ROBUST = 1.5  # median errors beyond which a measurement loses weight
 _OUTLIER = 4.0  # standard deviations of the formula's error, not learned
-_FEWEST = 3 * _FOLDS
+_FEWEST = 60
 
 
 class Observation(NamedTuple):
