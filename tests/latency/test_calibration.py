@@ -163,24 +163,16 @@ def test_own_calibration_has_a_name(fitted, tmp_path, monkeypatch):
     assert load_device("v100").kind == "published"
 
 
-def test_stale_calibration_warns_once(fitted, tmp_path, caplog):
-    stale = replace(fitted, machine={**fitted.machine, "threads": 77})
-    path = tmp_path / "stale.yaml"
-    path.write_text(stale.to_yaml())
-    with caplog.at_level("WARNING"):
-        import mmengine.logging.logger as logging
-
-        messages = []
-        original = logging.print_log
-        try:
-            logging_print = lambda message, **_: messages.append(message)  # noqa: E731
-            import mmengine.logging
-
-            mmengine.logging.print_log = logging_print
-            load_device(path)
-            load_device(path)
-        finally:
-            mmengine.logging.print_log = original
+def test_stale_calibration_warns_once(fitted, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("mmengine.logging.print_log", lambda text, **_: messages.append(text))
+    path = tmp_path / "mine.yaml"
+    path.write_text(fitted.to_yaml())
+    load_device(path)
+    assert not messages
+    path.write_text(replace(fitted, machine={**fitted.machine, "threads": 77}).to_yaml())
+    load_device(path)
+    load_device(path)
     assert len(messages) == 1
     assert "threads 77, here" in messages[0]
 
