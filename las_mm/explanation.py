@@ -186,9 +186,7 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
             )
         )
     size = "x".join(map(str, image.shape))
-    title = (
-        f"{type(backbone).__name__}-{backbone.depth} on {size}, {torch.get_num_threads()} threads"
-    )
+    title = f"{shape.name} on {size}, {torch.get_num_threads()} threads"
     explanation = Explanation(title, tuple(rows))
     if not quiet:
         Console().print(explanation.table())

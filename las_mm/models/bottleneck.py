@@ -45,6 +45,8 @@ class DynamicBottleneck(Bottleneck):
         self._snapshot: Snapshot | None = None
         self._settings: tuple | None = None
 
+    squeeze_channels = 0  # of squeeze-and-excitation after conv2, see LASRegNet
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
         if not self.training and sparse.wanted(x):
@@ -138,7 +140,7 @@ class DynamicBottleneck(Bottleneck):
 
     def _compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         out = self.relu(self.norm1(self.conv1(x)))
-        out = self.relu(self.norm2(self.conv2(out)))
+        out = self.excite(self.relu(self.norm2(self.conv2(out))), mask)
         out = self.drop_path(self.norm3(self.conv3(out)))
         identity = x if self.downsample is None else self.downsample(x)
         if mask is None:
@@ -147,6 +149,10 @@ class DynamicBottleneck(Bottleneck):
             # One pass for "times mask, plus identity".
             out = torch.addcmul(identity, out, mask.to(out.dtype))
         return self.relu(out)
+
+    def excite(self, out: Tensor, mask: Tensor | None) -> Tensor:
+        """What a subclass does to conv2's output before conv3 reads it, see ``LASRegNet``."""
+        return out
 
     def __getstate__(self) -> dict:
         # Copies and pickles start without a record: it may hold the graph of a training step.

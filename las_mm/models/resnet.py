@@ -101,6 +101,8 @@ class LASResNet(ResNet):
         if depth >= 50  # shallower ResNets have no bottleneck
     }
 
+    fast_stem = sparse.FastStem
+
     def __init__(
         self,
         depth: int,
@@ -113,7 +115,26 @@ class LASResNet(ResNet):
             known = ", ".join(map(str, self.arch_settings))
             raise ValueError(f"depth of LASResNet must be one of {known}, got {depth!r}")
         num_stages = kwargs.get("num_stages", 4)
-        stage_blocks = self.arch_settings[depth][1][:num_stages]
+        self._set_dynamic(
+            self.arch_settings[depth][1][:num_stages], mode, granularity, freeze_maskers, kwargs
+        )
+        super().__init__(depth, **kwargs)
+
+    def _set_dynamic(
+        self,
+        stage_blocks: Sequence[int],
+        mode: str | Sequence[str],
+        granularity: int | Sequence,
+        freeze_maskers: bool,
+        kwargs: dict,
+    ) -> None:
+        """What the parent's constructor does not know, checked, and what of ``kwargs`` it does not.
+
+        Args:
+            stage_blocks: Number of blocks per stage.
+            mode, granularity, freeze_maskers, kwargs: See the class.
+        """
+        num_stages = len(stage_blocks)
         self.modes = _per_stage("mode", mode, num_stages)
         for stage, value in enumerate(self.modes, start=1):
             if value not in MODES:
@@ -135,9 +156,8 @@ class LASResNet(ResNet):
         self.freeze_maskers = freeze_maskers
         self._input_hw: tuple[int, int] | None = None
         self._shapes: dict[tuple[int, int], NetworkShape] = {}
-        self._fast_stem: sparse.FastStem | None = None
+        self._fast_stem: sparse.FastStem | sparse.FastConvStem | None = None
         self._snapshot: Snapshot | None = None
-        super().__init__(depth, **kwargs)
 
     def make_res_layer(self, **kwargs) -> ResLayer:
         """The parent's stage builder, with this stage's mode and each block's granularity."""
@@ -201,14 +221,14 @@ class LASResNet(ResNet):
         for block in self.blocks():
             block.prepare()
 
-    def _prepare_stem(self) -> sparse.FastStem | None:
+    def _prepare_stem(self) -> sparse.FastStem | sparse.FastConvStem | None:
         if torch.compiler.is_compiling():
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast_stem
         if self._snapshot is None or self._snapshot.stale():
             try:
-                self._fast_stem = sparse.FastStem.of(self)
+                self._fast_stem = self.fast_stem.of(self)
             except sparse.Unsupported:
                 self._fast_stem = None
             parts = ["stem"] if self.deep_stem else ["conv1", self.norm1_name, "relu"]
@@ -246,7 +266,8 @@ class LASResNet(ResNet):
         activations = [block.activation for block in self.blocks()]
         if self._input_hw is None or None in activations:
             raise RuntimeError(
-                "LASResNet has no activations before its first forward pass; run it on an input"
+                f"{type(self).__name__} has no activations before its first forward pass; run it on "
+                "an input"
             )
         return NetworkActivation(
             shape=self.network_shape(self._input_hw),
@@ -288,38 +309,51 @@ class LASResNet(ResNet):
                 stages.append(f"spatial S={values[0]}")
             else:
                 stages.append("spatial S=" + "-".join(map(str, values)))
-        return f"depth={self.depth}, stages=[{'; '.join(stages)}]"
+        return f"{self.variant}, stages=[{'; '.join(stages)}]"
+
+    @property
+    def variant(self) -> str:
+        """Which member of the family this is, e.g. ``'depth=50'``."""
+        return f"depth={self.depth}"
+
+    @property
+    def shape_name(self) -> str:
+        """Name of the network in reports, e.g. ``'LASResNet-50'``."""
+        return f"LASResNet-{self.depth}"
+
+    def stem_shape(self, input_hw: tuple[int, int]) -> list[ConvShape | PoolShape]:
+        """The operators before the first block, for an input of ``input_hw``."""
+        hw = _half(input_hw)
+        convs = [module.conv for module in self.stem] if self.deep_stem else [self.conv1]
+        channels = convs[-1].out_channels
+        height, width = _half(hw)
+        return [
+            *(conv_shape(f"stem.conv{i}", conv, hw) for i, conv in enumerate(convs, start=1)),
+            PoolShape("stem.maxpool", channels, kernel=3, stride=2, h_out=height, w_out=width),
+        ]
+
+
+def _half(hw: tuple[int, int]) -> tuple[int, int]:
+    return -(-hw[0] // 2), -(-hw[1] // 2)
+
+
+def conv_shape(name: str, conv: nn.Conv2d, out_hw: tuple[int, int]) -> ConvShape:
+    """The shape of a square convolution with an output of ``out_hw``."""
+    return ConvShape(
+        name=name,
+        c_in=conv.in_channels,
+        c_out=conv.out_channels,
+        kernel=conv.kernel_size[0],
+        stride=conv.stride[0],
+        groups=conv.groups,
+        h_out=out_hw[0],
+        w_out=out_hw[1],
+    )
 
 
 def _network_shape(backbone: LASResNet, input_hw: tuple[int, int]) -> NetworkShape:
-    def half(hw: tuple[int, int]) -> tuple[int, int]:
-        return -(-hw[0] // 2), -(-hw[1] // 2)
-
-    hw = half(input_hw)
-    if backbone.deep_stem:
-        convs = [module.conv for module in backbone.stem]
-    else:
-        convs = [backbone.conv1]
-    stem: list[ConvShape | PoolShape] = [
-        ConvShape(
-            name=f"stem.conv{i}",
-            c_in=conv.in_channels,
-            c_out=conv.out_channels,
-            kernel=conv.kernel_size[0],
-            stride=conv.stride[0],
-            groups=conv.groups,
-            h_out=hw[0],
-            w_out=hw[1],
-        )
-        for i, conv in enumerate(convs, start=1)
-    ]
-    hw = half(hw)
-    channels = convs[-1].out_channels
-    stem.append(
-        PoolShape(
-            name="stem.maxpool", channels=channels, kernel=3, stride=2, h_out=hw[0], w_out=hw[1]
-        )
-    )
+    stem = backbone.stem_shape(input_hw)
+    hw = (stem[-1].h_out, stem[-1].w_out)
     blocks = []
     for stage, name in enumerate(backbone.res_layers, start=1):
         for i, block in enumerate(getattr(backbone, name)):
@@ -339,11 +373,12 @@ def _network_shape(backbone: LASResNet, input_hw: tuple[int, int]) -> NetworkSha
                 dilation=block.dilation,
                 downsample=block.downsample is not None,
                 downsample_pool=backbone.avg_down and block.stride != 1,
+                se_width=block.squeeze_channels,
             )
             blocks.append(shape)
             hw = (shape.h_out, shape.w_out)
     return NetworkShape(
-        name=f"LASResNet-{backbone.depth}",
+        name=backbone.shape_name,
         input_hw=input_hw,
         stem=tuple(stem),
         blocks=tuple(blocks),

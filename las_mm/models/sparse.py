@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from las_mm import memory, ops
@@ -318,3 +319,30 @@ class FastStem:
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.conv_pool_stem(x, self.weight, self.bias)
+
+
+@dataclass
+class FastConvStem:
+    """The folded form of a RegNet's stem: a 3x3 convolution of stride 2 and ReLU."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> FastConvStem:
+        """Fold the stem of ``backbone``.
+
+        Raises:
+            Unsupported: It has other parts than usual.
+        """
+        conv = backbone.conv1
+        if type(backbone.relu) is not nn.ReLU:
+            raise Unsupported(f"its activation is {type(backbone.relu).__name__}, not ReLU")
+        usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if usual != ((3, 3), (2, 2), (1, 1), (1, 1), 1):
+            raise Unsupported(f"its stem is {conv}")
+        weight, bias = fold(conv, backbone.norm1)
+        return cls(weight.contiguous(memory_format=torch.channels_last), bias.to(weight.dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, stride=2, padding=1).relu_()

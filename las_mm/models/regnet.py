@@ -1,0 +1,189 @@
+"""LASNet's and LAUDNet's RegNet: mmpretrain's RegNet with dynamic blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmpretrain.models.backbones import RegNet
+from mmpretrain.models.backbones.resnet import ResLayer
+from mmpretrain.models.backbones.resnext import Bottleneck as GroupedBottleneck
+from torch import Tensor
+
+from las_mm.latency.shapes import ConvShape, PoolShape
+from las_mm.models import sparse
+from las_mm.models.bottleneck import DynamicBottleneck
+from las_mm.models.excitation import POOLS, SqueezeExcitation
+from las_mm.models.released import convert_regnet
+from las_mm.models.resnet import LASResNet, _half, conv_shape
+from las_mm.registry import MODELS
+
+_ARCH_KEYS = ("w0", "wa", "wm", "group_w", "depth", "bot_mul")
+
+
+def _y(w0: int, wa: float, wm: float, group_w: int, depth: int) -> dict:
+    """RegNetY: with squeeze-and-excitation."""
+    return dict(w0=w0, wa=wa, wm=wm, group_w=group_w, depth=depth, bot_mul=1.0, se_ratio=0.25)
+
+
+class DynamicRegNetBlock(DynamicBottleneck, GroupedBottleneck):
+    """:class:`DynamicBottleneck` with a grouped conv2 and squeeze-and-excitation after it.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        se_ratio: Squeezed channels per input channel of the block; 0: no squeeze-and-excitation.
+        se_pool: See :class:`SqueezeExcitation`.
+        kwargs: Arguments of the parents: ``mode``, ``granularity``, ``groups``,
+            ``width_per_group``, ``base_channels``, ``stride``, ...
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        se_ratio: float = 0.0,
+        se_pool: str = "kept",
+        **kwargs,
+    ) -> None:
+        super().__init__(in_channels, out_channels, **kwargs)
+        self.squeeze_channels = round(se_ratio * in_channels)
+        self.se: SqueezeExcitation | None = None
+        if se_ratio:
+            self.se = SqueezeExcitation(self.mid_channels, self.squeeze_channels, se_pool)
+
+    def excite(self, out: Tensor, mask: Tensor | None) -> Tensor:
+        """Squeeze-and-excitation of conv2's output, pooled as :class:`SqueezeExcitation` says."""
+        return out if self.se is None else self.se(out, mask)
+
+
+@MODELS.register_module()
+class LASRegNet(LASResNet, RegNet):
+    """RegNet whose blocks decide per image which patches, or whether at all, to compute.
+
+    LAUDNet (arXiv 2308.15949). RegNetX and RegNetY (arXiv 2003.13678) with torchvision's
+    architectures, from which mmpretrain's ``RegNet`` differs in the last stage of RegNetX-400MF
+    only; block, stage and parameter names are those of mmpretrain. Weights of
+    ``torchvision.models.regnet_*`` and of the authors' released code load as they are, their names
+    are converted by :func:`~las_mm.models.released.convert_regnet`; without maskers among them the
+    maskers start mostly on. Use it in any mm project as
+    ``backbone=dict(type='las_mm.LASRegNet', arch='regnety_800mf', out_indices=(0, 1, 2, 3))``.
+
+    Args:
+        arch: ``'regnetx_400mf'``, ``'_800mf'``, ``'_1.6gf'``, ``'_3.2gf'``, ``'_8.0gf'``, the same
+            with ``'regnety'``, or a dict of ``w0``, ``wa``, ``wm``, ``group_w``, ``depth`` and
+            ``bot_mul`` as mmpretrain's ``RegNet`` takes it, and optionally ``se_ratio``.
+        mode, granularity, freeze_maskers: See :class:`LASResNet`.
+        se_pool: What squeeze-and-excitation averages over: ``'kept'`` positions, with which
+            dropped ones need not be computed, or ``'all'``, as the released checkpoints were
+            trained; spatial blocks then have no sparse form. Defaults to ``'kept'``.
+        kwargs: Arguments of mmpretrain's ``RegNet``: ``out_indices``, ``frozen_stages``,
+            ``norm_eval``, ``with_cp``, ``strides``, ``dilations``, ``stem_channels``, ...
+
+    Raises:
+        ValueError: Wrong arch, mode, granularity or se_pool; the message names the value.
+
+    Example:
+        >>> import torch
+        >>> from las_mm.models import LASRegNet, collect_activations
+        >>> backbone = LASRegNet("regnety_400mf", out_indices=(0, 1, 2, 3))
+        >>> outs = backbone(torch.rand(1, 3, 64, 96))
+        >>> [tuple(out.shape) for out in outs]
+        [(1, 48, 16, 24), (1, 104, 8, 12), (1, 208, 4, 6), (1, 440, 2, 3)]
+        >>> collect_activations(backbone).rates.shape
+        torch.Size([16])
+    """
+
+    arch_settings = {
+        **{
+            name: RegNet.arch_settings[name]
+            for name in (
+                "regnetx_400mf",
+                "regnetx_800mf",
+                "regnetx_1.6gf",
+                "regnetx_3.2gf",
+                "regnetx_8.0gf",
+            )
+        },
+        "regnety_400mf": _y(48, 27.89, 2.09, 8, 16),
+        "regnety_800mf": _y(56, 38.84, 2.4, 16, 14),
+        "regnety_1.6gf": _y(48, 20.71, 2.65, 24, 27),
+        "regnety_3.2gf": _y(80, 42.63, 2.66, 24, 21),
+        "regnety_8.0gf": _y(192, 76.82, 2.19, 56, 17),
+    }
+    fast_stem = sparse.FastConvStem
+
+    def __init__(
+        self,
+        arch: str | dict,
+        mode: str | Sequence[str] = "spatial",
+        granularity: int | Sequence = (4, 4, 2, 1),
+        freeze_maskers: bool = True,
+        se_pool: str = "kept",
+        **kwargs,
+    ) -> None:
+        settings = self._settings_of(arch)
+        if se_pool not in POOLS:
+            raise ValueError(f"se_pool must be one of {', '.join(POOLS)}, got {se_pool!r}")
+        self.arch = arch if isinstance(arch, str) else "custom"
+        self.se_ratio = settings.pop("se_ratio", 0.0)
+        self.se_pool = se_pool
+        widths, _ = self.generate_regnet(*(settings[key] for key in ("w0", "wa", "wm", "depth")))
+        _, stage_blocks = self.get_stages_from_blocks(widths)
+        self._set_dynamic(stage_blocks, mode, granularity, freeze_maskers, kwargs)
+        super(LASResNet, self).__init__(settings, **kwargs)
+        self._register_load_state_dict_pre_hook(_convert_on_load)
+
+    def _settings_of(self, arch: str | dict) -> dict:
+        if isinstance(arch, dict):
+            missing = [key for key in _ARCH_KEYS if key not in arch]
+            unknown = [key for key in arch if key not in (*_ARCH_KEYS, "se_ratio")]
+            if missing or unknown:
+                raise ValueError(
+                    f"arch as a dict needs {', '.join(_ARCH_KEYS)} and may have se_ratio; missing: "
+                    f"{missing}, unknown: {unknown}"
+                )
+            return dict(arch)
+        if arch not in self.arch_settings:
+            known = ", ".join(self.arch_settings)
+            raise ValueError(f"arch of LASRegNet must be a dict or one of {known}, got {arch!r}")
+        return dict(self.arch_settings[arch])
+
+    @staticmethod
+    def quantize_float(number: float, divisor: int) -> int:
+        """``number`` rounded to a multiple of ``divisor`` as torchvision does: halves go up.
+
+        The last stage of RegNetX-400MF has 400 channels there, 384 in mmpretrain.
+        """
+        rounded = max(divisor, int(number + divisor / 2) // divisor * divisor)
+        return rounded if rounded >= 0.9 * number else rounded + divisor
+
+    def make_res_layer(self, **kwargs) -> ResLayer:
+        """The parent's stage builder, with dynamic blocks."""
+        kwargs["block"] = DynamicRegNetBlock
+        return super().make_res_layer(se_ratio=self.se_ratio, se_pool=self.se_pool, **kwargs)
+
+    def _dense_stem(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm1(self.conv1(x)))
+
+    @property
+    def variant(self) -> str:
+        """The architecture."""
+        return f"arch={self.arch}"
+
+    @property
+    def shape_name(self) -> str:
+        """Name of the network in reports, e.g. ``'LASRegNet-regnety_800mf'``."""
+        return f"LASRegNet-{self.arch}"
+
+    def stem_shape(self, input_hw: tuple[int, int]) -> list[ConvShape | PoolShape]:
+        """The convolution before the first block, for an input of ``input_hw``."""
+        return [conv_shape("stem.conv1", self.conv1, _half(input_hw))]
+
+
+def _convert_on_load(state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Rename torchvision's and the released keys of a ``state_dict`` that is being loaded."""
+    mine = [key for key in state_dict if key.startswith(prefix)]
+    if not any(key.startswith(f"{prefix}trunk_output.") for key in mine):
+        return
+    weights = {key.removeprefix(prefix): state_dict.pop(key) for key in mine}
+    state_dict.update((prefix + key, value) for key, value in convert_regnet(weights).items())
