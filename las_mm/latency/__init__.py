@@ -3,6 +3,7 @@
 from .device import KINDS, Device, available_devices, load_device
 from .prediction import find_network, predict
 from .predictor import LatencyTable, Prediction, block_report, network_report, paper_report
+from .regnet import regnet_shape
 from .report import Report
 from .search import SearchResult, search_granularity
 from .shapes import BlockShape, ConvShape, NetworkShape, PoolShape, resnet_shape
@@ -27,6 +28,7 @@ __all__ = [
     "network_report",
     "paper_report",
     "predict",
+    "regnet_shape",
     "resnet_shape",
     "search_granularity",
 ]
