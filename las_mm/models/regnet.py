@@ -9,6 +9,7 @@ from mmpretrain.models.backbones.resnet import ResLayer
 from mmpretrain.models.backbones.resnext import Bottleneck as GroupedBottleneck
 from torch import Tensor
 
+from las_mm.latency.regnet import ARCHS, SE_RATIO
 from las_mm.latency.shapes import ConvShape, PoolShape
 from las_mm.models import sparse
 from las_mm.models.bottleneck import DynamicBottleneck
@@ -18,11 +19,6 @@ from las_mm.models.resnet import LASResNet, _half, conv_shape
 from las_mm.registry import MODELS
 
 _ARCH_KEYS = ("w0", "wa", "wm", "group_w", "depth", "bot_mul")
-
-
-def _y(w0: int, wa: float, wm: float, group_w: int, depth: int) -> dict:
-    """RegNetY: with squeeze-and-excitation."""
-    return dict(w0=w0, wa=wa, wm=wm, group_w=group_w, depth=depth, bot_mul=1.0, se_ratio=0.25)
 
 
 class DynamicRegNetBlock(DynamicBottleneck, GroupedBottleneck):
@@ -69,7 +65,7 @@ class LASRegNet(LASResNet, RegNet):
     ``backbone=dict(type='las_mm.LASRegNet', arch='regnety_800mf', out_indices=(0, 1, 2, 3))``.
 
     Args:
-        arch: ``'regnetx_400mf'``, ``'_800mf'``, ``'_1.6gf'``, ``'_3.2gf'``, ``'_8.0gf'``, the same
+        arch: ``'regnetx_400mf'``, ``'_800mf'``, ``'_1.6gf'``, ``'_3.2gf'``, ``'_8gf'``, the same
             with ``'regnety'``, or a dict of ``w0``, ``wa``, ``wm``, ``group_w``, ``depth`` and
             ``bot_mul`` as mmpretrain's ``RegNet`` takes it, and optionally ``se_ratio``.
         mode, granularity, freeze_maskers: See :class:`LASResNet`.
@@ -94,21 +90,16 @@ class LASRegNet(LASResNet, RegNet):
     """
 
     arch_settings = {
-        **{
-            name: RegNet.arch_settings[name]
-            for name in (
-                "regnetx_400mf",
-                "regnetx_800mf",
-                "regnetx_1.6gf",
-                "regnetx_3.2gf",
-                "regnetx_8.0gf",
-            )
-        },
-        "regnety_400mf": _y(48, 27.89, 2.09, 8, 16),
-        "regnety_800mf": _y(56, 38.84, 2.4, 16, 14),
-        "regnety_1.6gf": _y(48, 20.71, 2.65, 24, 27),
-        "regnety_3.2gf": _y(80, 42.63, 2.66, 24, 21),
-        "regnety_8.0gf": _y(192, 76.82, 2.19, 56, 17),
+        f"regnet{name}": dict(
+            depth=depth,
+            w0=w0,
+            wa=wa,
+            wm=wm,
+            group_w=group_w,
+            bot_mul=1.0,
+            se_ratio=SE_RATIO if name.startswith("y") else 0.0,
+        )
+        for name, (depth, w0, wa, wm, group_w) in ARCHS.items()
     }
     fast_stem = sparse.FastConvStem
 

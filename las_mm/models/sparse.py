@@ -131,6 +131,7 @@ class FastBottleneck:
     one: Tensor
     masker: tuple[nn.Module, Tensor, Tensor] | None  # with its weight and bias, not copied
     choice: Choice  # the last one made; torch.compile and torch.export keep it
+    excitation: list[Tensor] | None = None  # weights and biases of squeeze-and-excitation
 
     @classmethod
     def of(cls, block: nn.Module) -> FastBottleneck:
@@ -147,8 +148,9 @@ class FastBottleneck:
         biases = [bias for _, bias, _ in folded]
         conv2 = block.conv2
         winograd = None
+        excitation = _excitation_of(block)
         plain = (conv2.stride, conv2.dilation, conv2.groups) == ((1, 1), (1, 1), 1)
-        if plain and dtype == torch.float32 and ops.has_winograd(device_type):
+        if plain and excitation is None and dtype == torch.float32 and ops.has_winograd(device_type):
             winograd = ops.pack_winograd(folded[1][0])
             if block.mode != "spatial" or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
@@ -168,6 +170,7 @@ class FastBottleneck:
             one=torch.ones((), device=weights[0].device),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
             choice=Choice(winograd=winograd is not None),
+            excitation=excitation,
         )
 
     def kind(self, x: Tensor) -> BlockKind:
@@ -248,6 +251,7 @@ class FastBottleneck:
                 cost,
                 dense,
                 above,
+                self.excitation,
             )
         return ops.sparse_bottleneck(
             x,
@@ -263,7 +267,25 @@ class FastBottleneck:
             cost,
             dense,
             above,
+            self.excitation,
         )
+
+
+def _excitation_of(block: nn.Module) -> list[Tensor] | None:
+    """Weights and biases of the block's squeeze-and-excitation, as the op takes them.
+
+    Raises:
+        Unsupported: It reads positions that the block does not compute.
+    """
+    se = getattr(block, "se", None)
+    if se is None:
+        return None
+    if se.pool == "all" and block.mode == "spatial":
+        raise Unsupported("its squeeze-and-excitation reads dropped positions (se_pool='all')")
+    if not ops.has_excitation(se.fc1.weight.device.type):
+        raise Unsupported("there is no kernel for squeeze-and-excitation on its device")
+    weights = (se.fc1.weight.flatten(1), se.fc1.bias, se.fc2.weight.flatten(1), se.fc2.bias)
+    return [weight.float().clone() for weight in weights]
 
 
 def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:

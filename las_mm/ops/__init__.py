@@ -32,6 +32,7 @@ __all__ = [
     "cpu_isa",
     "dilate_mask",
     "gather_conv3x3",
+    "has_excitation",
     "has_kernels",
     "has_stem_kernel",
     "has_winograd",
@@ -64,6 +65,7 @@ def _devices_with(name: str) -> frozenset[str]:
 _SPARSE_OPS = _devices_with("sparse_bottleneck")
 _STEM = _devices_with("conv_pool_stem")
 _WINOGRAD = frozenset({"cpu"})
+_EXCITATION = frozenset({"cpu"})
 
 
 def has_kernels(device_type: str) -> bool:
@@ -79,6 +81,11 @@ def has_stem_kernel(device_type: str) -> bool:
 def has_winograd(device_type: str) -> bool:
     """Whether ``sparse_bottleneck`` uses the Winograd form of conv2 there."""
     return device_type in _WINOGRAD
+
+
+def has_excitation(device_type: str) -> bool:
+    """Whether ``sparse_bottleneck`` takes squeeze-and-excitation there."""
+    return device_type in _EXCITATION
 
 
 def cpu_isa() -> str:

@@ -24,6 +24,29 @@ void check_dense(const at::Tensor& x, const std::vector<at::Tensor>& dense, cons
   }
 }
 
+void check_matrix(const at::Tensor& weight, const char* name, int64_t out, int64_t in,
+                  const at::Tensor& x) {
+  const int64_t shape[] = {out, in};
+  TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(shape, 2), name, " must have shape ",
+                    at::IntArrayRef(shape, 2), ", got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat && weight.device() == x.device(), name,
+                    " must be float32 on ", x.device(), ", got ", weight.scalar_type(), " on ",
+                    weight.device());
+}
+
+void check_excitation(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                      const Shape& s, bool winograd) {
+  TORCH_CHECK_VALUE(weights.size() == 4,
+                    "excitation must be None or weight and bias of fc1 and of fc2, got ",
+                    weights.size(), " tensors");
+  TORCH_CHECK_VALUE(!winograd, "winograd must be None with excitation");
+  const int64_t squeezed = weights[1].numel();
+  check_vector(weights[1], "excitation[1]", squeezed, at::kFloat, x);
+  check_vector(weights[3], "excitation[3]", s.hidden, at::kFloat, x);
+  check_matrix(weights[0], "excitation[0]", squeezed, s.hidden, x);
+  check_matrix(weights[2], "excitation[2]", s.hidden, squeezed, x);
+}
+
 }  // namespace
 
 Shape check(const at::Tensor& x, const Arguments& a) {
@@ -83,6 +106,7 @@ Shape check(const at::Tensor& x, const Arguments& a) {
     check_packed(a.weights[3], "weights[3]", s.c_out, a.shortcut ? a.shortcut->size(1) : s.c_in, 1,
                  1, x);
   }
+  if (a.excitation) check_excitation(x, *a.excitation, s, a.winograd.has_value());
   if (a.mask) check_mask_for(*a.mask, "mask", x, s.out_height, s.out_width, a.granularity);
   return s;
 }
@@ -91,6 +115,9 @@ void make_contiguous(Arguments& a) {
   for (at::Tensor& weight : a.weights) weight = weight.contiguous();
   for (at::Tensor& bias : a.biases) bias = bias.contiguous();
   if (a.winograd) a.winograd = a.winograd->contiguous();
+  if (a.excitation) {
+    for (at::Tensor& weight : *a.excitation) weight = weight.contiguous();
+  }
 }
 
 }  // namespace las_mm

@@ -21,6 +21,7 @@ struct Arguments {
   double winograd_cost;
   std::optional<std::vector<at::Tensor>> dense;
   double dense_above;
+  std::optional<std::vector<at::Tensor>> excitation;
 };
 
 struct Shape {

@@ -13,6 +13,7 @@
 
 #include "common/checks.h"
 #include "common/bottleneck_arguments.h"
+#include "cpu/excitation.h"
 #include "cpu/positions.h"
 #include "cpu/sparse_conv.h"
 #include "cpu/workspace.h"
@@ -74,7 +75,9 @@ class Bottleneck {
     if (use_tiles_) clear_blank();
     const int64_t units = use_tiles_ ? w_.tiles.size() : w_.kept.size();
     const int64_t chunk = use_tiles_ ? kChunkTiles : kChunkRows;
-    if (ceil_div(units, chunk) >= at::get_num_threads()) {
+    if (a_.excitation) {
+      excited(units, chunk);
+    } else if (ceil_div(units, chunk) >= at::get_num_threads()) {
       parallel_chunks(units, chunk, 1, [&](int64_t lo, int64_t hi, int64_t, int64_t) {
         T* hidden = scratch().hidden.template get<T>((hi - lo) * (use_tiles_ ? 4 : 1) * s_.hidden);
         conv2(lo, hi, 0, conv2_panels(), hidden);
@@ -146,6 +149,28 @@ class Bottleneck {
       run_panels<T>(hi - lo, &tap, 1, out_panels_, first, last,
                     {biases_[3], nullptr, out, 0, true});
     });
+  }
+
+  // With squeeze-and-excitation, whose scales need all kept outputs of conv2 first.
+  void excited(int64_t rows, int64_t chunk) {
+    T* hidden = w_.hidden.template get<T>(rows * s_.hidden);
+    parallel_chunks(rows, chunk, conv2_panels(),
+                    [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
+                      conv2(lo, hi, first, last, hidden + lo * s_.hidden);
+                    });
+    Excitation excitation(*a_.excitation);
+    excitation.squeeze(hidden, w_.kept, s_.images, s_.out_height * s_.out_width);
+    const auto excite = [&](int64_t lo, int64_t hi) {
+      excitation.excite(hidden + lo * s_.hidden, w_.kept, lo, hi);
+    };
+    // Where threads share out the panels, several read the same rows.
+    const bool apart = ceil_div(rows, chunk) < at::get_num_threads();
+    if (apart) at::parallel_for(0, rows, 8, excite);
+    parallel_chunks(rows, chunk, out_panels_.count(),
+                    [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
+                      if (!apart) excite(lo, hi);
+                      conv3(lo, hi, first, last, hidden + lo * s_.hidden);
+                    });
   }
 
   // Zeros around conv1's output: the padding of conv2, and one line more for tiles that reach over
@@ -338,6 +363,20 @@ class Bottleneck {
   bool use_tiles_ = false;
 };
 
+// Squeeze-and-excitation of a whole map, pooled over the positions where `kept` is 1.
+at::Tensor excite(const at::Tensor& x, const at::Tensor& kept, const std::vector<at::Tensor>& se) {
+  at::Tensor mean;
+  if (kept.defined()) {
+    const at::Tensor count = kept.sum({2, 3}, false, at::kFloat).clamp_min_(1);
+    mean = (x * kept).sum({2, 3}, false, at::kFloat).div_(count);
+  } else {
+    mean = x.mean(at::IntArrayRef{2, 3}, false, at::kFloat);
+  }
+  const at::Tensor hidden = at::linear(mean, se[0], se[1]).relu_();
+  const at::Tensor scale = at::linear(hidden, se[2], se[3]).sigmoid_();
+  return (x * scale.unsqueeze(2).unsqueeze(3)).to(x.scalar_type());
+}
+
 // The same with dense convolutions; equals sparse execution.
 at::Tensor run_dense(const at::Tensor& x, const Arguments& a, const Shape& s,
                      const at::Tensor& patches) {
@@ -346,19 +385,25 @@ at::Tensor run_dense(const at::Tensor& x, const Arguments& a, const Shape& s,
   const auto bias = [&](int i) { return a.biases[i].to(x.scalar_type()); };
   at::Tensor out = at::conv2d(x, dense[0], bias(0), a.strides[0]).relu_();
   out = at::conv2d(out, dense[1], bias(1), a.strides[1], dilation, dilation, a.groups);
-  out = at::conv2d(out.relu_(), dense[2], bias(2));
+  out = out.relu_();
+  const auto expanded = [&](int64_t size) {
+    return at::arange(size, patches.options().dtype(at::kLong)).floor_divide(a.granularity);
+  };
+  at::Tensor kept;
+  if (patches.defined()) {
+    kept = patches.index_select(2, expanded(s.out_height))
+               .index_select(3, expanded(s.out_width))
+               .to(x.scalar_type());
+  }
+  if (a.excitation) out = excite(out, kept, *a.excitation);
+  out = at::conv2d(out, dense[2], bias(2));
   at::Tensor side = x;
   if (s.downsample) {
     side = a.shortcut ? at::conv2d(*a.shortcut, dense[3], bias(3))
                       : at::conv2d(x, dense[3], bias(3), a.strides[0] * a.strides[1]);
   }
   if (!patches.defined()) return out.add_(side).relu_();
-  const auto expanded = [&](int64_t size) {
-    return at::arange(size, patches.options().dtype(at::kLong)).floor_divide(a.granularity);
-  };
-  const at::Tensor kept = patches.index_select(2, expanded(s.out_height))
-                              .index_select(3, expanded(s.out_width));
-  return at::addcmul(side, out, kept.to(x.scalar_type())).relu_();
+  return at::addcmul(side, out, kept).relu_();
 }
 
 // Where the share of kept outputs makes dense convolutions faster on this machine.
@@ -407,10 +452,10 @@ at::Tensor sparse_bottleneck(const at::Tensor& x, const MaybeTensor& mask, Tenso
                              const MaybeTensor& shortcut, int64_t granularity,
                              at::IntArrayRef strides, int64_t dilation, int64_t groups,
                              double winograd_cost, std::optional<Tensors> dense,
-                             double dense_above) {
+                             double dense_above, std::optional<Tensors> excitation) {
   const Call call(x, {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity,
                       strides.vec(), dilation, groups, winograd_cost, std::move(dense),
-                      dense_above});
+                      dense_above, std::move(excitation)});
   if (call.dense()) {
     return run_dense(call.input, call.a, call.s, call.patches)
         .contiguous(at::MemoryFormat::ChannelsLast);
@@ -425,12 +470,12 @@ void sparse_bottleneck_(const at::Tensor& x, const MaybeTensor& mask, Tensors we
                         Tensors biases, const MaybeTensor& winograd, const MaybeTensor& shortcut,
                         int64_t granularity, at::IntArrayRef strides, int64_t dilation,
                         int64_t groups, double winograd_cost, std::optional<Tensors> dense,
-                        double dense_above) {
+                        double dense_above, std::optional<Tensors> excitation) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
   const Call call(x, {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity,
                       strides.vec(), dilation, groups, winograd_cost, std::move(dense),
-                      dense_above});
+                      dense_above, std::move(excitation)});
   if (call.dense()) {
     x.copy_(run_dense(call.input, call.a, call.s, call.patches));
     return;

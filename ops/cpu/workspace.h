@@ -44,6 +44,7 @@ using Positions = std::vector<int32_t>;
 // What one call of an op needs; of the current thread, so threads may share a model.
 struct Workspace {
   Buffer map, hidden, bias, zeros, bytes, spread, scores;
+  Buffer scales;  // of squeeze-and-excitation
   Positions kept, dropped, halo, blank, tiles;
 };
 Workspace& workspace();
