@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +105,8 @@ class Subject:
 
     Attributes:
         dynamic: The dynamic backbone, in ``dtype`` on ``device``.
-        static: The same weights as a static ``LASResNet``, in ``dtype`` on ``device``.
-        twin: The same weights as mmpretrain's ``ResNet`` with folded norms, float32 on the CPU.
+        static: The same weights as a static network of the same class, in ``dtype`` on ``device``.
+        twin: The same weights as mmpretrain's network with folded norms, float32 on the CPU.
         expected: The outputs of ``twin``.
         x: The input, float32 on the CPU, (N, 3, H, W).
         dtype: A key of :data:`DTYPES`.
@@ -181,20 +180,18 @@ def make_subject(
     """Build the static forms of a dynamic backbone from its own weights.
 
     Args:
-        dynamic: The backbone, a ``LASResNet`` on the CPU; it is moved to ``device`` and ``dtype``.
+        dynamic: The backbone, on the CPU; it is moved to ``device`` and ``dtype``.
         config: What it was built from.
         x, dtype, threads, work_dir, device: See :class:`Subject`.
 
     Raises:
         UserError: Folding the norms changes the outputs, or they are not finite.
     """
-    from mmpretrain.models.backbones import ResNet
+    from las_mm.benchmark.twins import plain_twin
 
     weights = {k: v for k, v in dynamic.state_dict().items() if ".masker." not in k}
     static = MODELS.build({**config, "mode": "static", "init_cfg": None})
-    known = inspect.signature(ResNet.__init__).parameters
-    # A ResNet that nothing of las_mm can speed up.
-    twin = ResNet(**{key: config[key] for key in config if key in known})
+    twin = plain_twin(dynamic, config)
     for model in (static, twin):
         model.load_state_dict(weights)
         model.eval()

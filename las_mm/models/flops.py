@@ -41,6 +41,20 @@ def masker_macs(block: BlockShape, counting: str = "exact") -> int:
     return pooling + 2 * block.c_in * block.n_patches
 
 
+def se_macs(block: BlockShape, counting: str = "exact") -> tuple[int, int]:
+    """Multiply-accumulates of squeeze-and-excitation for one image: (per map, of its two layers).
+
+    Args:
+        block: The block.
+        counting: ``'exact'``: every value is added once while pooling and multiplied once.
+            ``'released'``: the two layers only.
+    """
+    if not block.se_width:
+        return 0, 0
+    values = block.width * block.h_out * block.w_out
+    return 2 * values if counting == "exact" else 0, 2 * block.width * block.se_width
+
+
 @dataclass(frozen=True)
 class MacCounts:
     """Multiply-accumulates per image of a network; arrays are float64, one value per block.
@@ -50,6 +64,7 @@ class MacCounts:
         conv1, conv2, conv3: The bottleneck's convolutions when everything is computed.
         downsample: The shortcut's convolution, always dense.
         masker: The masker's own cost.
+        se_map, se_layers: See :func:`se_macs`.
     """
 
     stem: int
@@ -58,11 +73,14 @@ class MacCounts:
     conv3: np.ndarray
     downsample: np.ndarray
     masker: np.ndarray
+    se_map: np.ndarray
+    se_layers: np.ndarray
 
     @property
     def static_blocks(self) -> np.ndarray:
         """What the same blocks cost without maskers and with everything computed."""
-        return self.conv1 + self.conv2 + self.conv3 + self.downsample
+        convs = self.conv1 + self.conv2 + self.conv3 + self.downsample
+        return convs + self.se_map + self.se_layers
 
 
 def block_macs(block: BlockShape) -> tuple[int, int, int, int]:
@@ -92,7 +110,9 @@ def count_macs(shape: NetworkShape, counting: str = "exact") -> MacCounts:
         raise ValueError(f"counting must be one of {', '.join(COUNTINGS)}, got {counting!r}")
     parts = np.array([block_macs(block) for block in shape.blocks], dtype=np.float64).T
     masker = np.array([masker_macs(block, counting) for block in shape.blocks], dtype=np.float64)
-    return MacCounts(sum(stem_macs(layer) for layer in shape.stem), *parts, masker=masker)
+    se = np.array([se_macs(block, counting) for block in shape.blocks], dtype=np.float64).T
+    stem = sum(stem_macs(layer) for layer in shape.stem)
+    return MacCounts(stem, *parts, masker=masker, se_map=se[0], se_layers=se[1])
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,7 @@ def flops_report(activation: NetworkActivation, counting: str = "exact") -> Flop
     """Multiply-accumulates that the recorded rates amount to; LASNet section 3.4.
 
     Per block: conv1 * r_dilated * rho + conv2 * r * rho^2 + conv3 * r * rho + masker + downsample,
-    with r the spatial and rho the channel rate.
+    with r the spatial and rho the channel rate; squeeze-and-excitation as :func:`se_macs` says.
 
     Args:
         activation: Rates of a forward pass.
@@ -136,10 +156,18 @@ def flops_report(activation: NetworkActivation, counting: str = "exact") -> Flop
     blocks = conv1 * activation.rates_dilated.double() * channel
     blocks = blocks + conv2 * rate * channel**2 + conv3 * rate * channel + fixed
     static_blocks = blocks.new_tensor(counts.static_blocks)
-    if counting == "released":
-        static_blocks = static_blocks + blocks.new_tensor(counts.masker)
+    # Squeeze-and-excitation: a skipped block skips its layers too.
+    se_map, se_layers = blocks.new_tensor(np.stack([counts.se_map, counts.se_layers]))
+    skips = blocks.new_tensor([block.mode == "layer" for block in activation.shape.blocks])
+    se = se_map * rate * channel + se_layers * torch.where(skips > 0, rate, 1)
+    extra = counts.stem
+    if counting == "released":  # its layers count in the total only
+        static_blocks = static_blocks - se_layers + blocks.new_tensor(counts.masker)
+        extra += counts.se_layers.sum()
+    else:
+        blocks = blocks + se
     return FlopsReport(
-        dynamic=blocks.sum() + counts.stem,
-        static=static_blocks.sum() + counts.stem,
+        dynamic=blocks.sum() + extra,
+        static=static_blocks.sum() + extra,
         block_ratios=blocks / static_blocks,
     )
