@@ -15,10 +15,6 @@ from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import count_macs, flops_report
 
 
-def _block_label(mode: str, granularity: int) -> str:
-    return f"spatial S={granularity}" if mode == "spatial" else mode
-
-
 @dataclass
 class StageTotals:
     """Sums over images of one stage: weights of the means printed at the end."""
@@ -67,7 +63,7 @@ class DatasetSummary:
         for stage in sorted({block.stage for block in activation.shape.blocks}):
             index = [i for i, block in enumerate(activation.shape.blocks) if block.stage == stage]
             blocks = [activation.shape.blocks[i] for i in index]
-            labels = dict.fromkeys(_block_label(b.mode, b.granularity) for b in blocks)
+            labels = dict.fromkeys(block.label for block in blocks)
             sums = [
                 rates[index].mean(),
                 dilated[index].mean(),

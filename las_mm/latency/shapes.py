@@ -8,14 +8,10 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
-MODES = ("static", "spatial", "layer", "channel", "both")
-PATCH_MODES = ("spatial", "both")
-"""The modes that skip patches."""
-CHANNEL_MODES = ("channel", "both")
-"""The modes that skip channels."""
-CHANNEL_MASKERS = ("mlp2", "mlp1", "conv_linear")
+MODES = ("static", "spatial", "channel", "layer", "both")
+CHANNEL_MASKERS = ("mlp", "conv_linear")
 _EXPANSION = 4  # a ResNet bottleneck's output channels per inner channel
 _DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -69,16 +65,13 @@ class PoolShape:
 class BlockShape:
     """A bottleneck block: conv1 1x1, conv2 3x3, conv3 1x1, residual addition.
 
-    RegNet's block is one too: ``c_out == width``, groups in conv2, squeeze-and-excitation (SE)
-    between conv2 and conv3.
+    RegNet's block is one too, with ``c_out == width``, groups in conv2 and, in RegNetY, SE.
 
     Args:
         name: Name to show.
         stage: Stage that it belongs to, from 1.
-        mode: 'static', 'spatial' (skips patches), 'layer', 'channel' (skips output channels of
-            conv1 and conv2) or 'both' (patches and channels).
-        granularity: Side S of a patch, in outputs of the block; 0 for a static block, ignored
-            for a block without patches.
+        mode: 'static', 'spatial', 'channel', 'layer' or 'both' (spatial and channel).
+        granularity: Side S of a patch, in outputs of the block; read in spatial and both.
         c_in: Input channels.
         width: Channels between the convolutions.
         c_out: Output channels.
@@ -92,17 +85,16 @@ class BlockShape:
         downsample: Whether the shortcut has a 1x1 convolution. Defaults to False.
         downsample_pool: Whether the shortcut averages ``stride`` x ``stride`` pixels first, so
             that its convolution has stride 1. Defaults to False.
-        se_width: Channels between the two layers of SE; 0 without SE. Defaults to 0.
-        channel_granularity: G, how many consecutive channels of ``width`` share a decision; 0
-            for a block that skips no channels. Defaults to 0.
-        channel_masker: What decides about channels: 'mlp2' (global average pool and two fully
-            connected layers), 'mlp1' (pool and one layer) or 'conv_linear' (1x1 convolution, pool
-            and one layer). Defaults to 'mlp2'.
-        masker_width: Channels inside 'mlp2' or 'conv_linear'. Defaults to 0: those of the papers'
-            code, ``max(channel_groups // 16, 16)`` and ``c_in // 16``.
+        channel_granularity: Channels G that share a decision; read in channel and both.
+            Defaults to 1.
+        channel_masker: 'mlp' or 'conv_linear'; read in channel and both. Defaults to 'mlp'.
+        channel_masker_layers: Layers of an 'mlp', 1 or 2. Defaults to 2.
+        channel_reduction: Divisor of the channel masker's hidden channels. Defaults to 16.
+        se_width: Channels between the two layers of squeeze-and-excitation (SE), which follows
+            conv2; 0 without SE. Defaults to 0.
 
     Raises:
-        ValueError: The mode or masker is unknown, a size is not a positive integer, or sizes do not fit
+        ValueError: The mode is unknown, a size is not a positive integer, or sizes do not fit
             together.
     """
 
@@ -121,10 +113,11 @@ class BlockShape:
     dilation: int = 1
     downsample: bool = False
     downsample_pool: bool = False
+    channel_granularity: int = 1
+    channel_masker: str = "mlp"
+    channel_masker_layers: int = 2
+    channel_reduction: int = 16
     se_width: int = 0
-    channel_granularity: int = 0
-    channel_masker: str = "mlp2"
-    masker_width: int = 0
 
     def __post_init__(self) -> None:
         _check_mode(self.name, self.mode)
@@ -140,21 +133,12 @@ class BlockShape:
             "groups",
             "dilation",
         )
-        if self.mode in PATCH_MODES:
+        if self.has_patches:
             _positive(self, "granularity")
-        _not_negative(self, "se_width", "masker_width")
-        if self.mode in CHANNEL_MODES:
-            _positive(self, "channel_granularity")
-            if self.width % self.channel_granularity:
-                raise ValueError(
-                    f"{self.name}: channel_granularity must divide width={self.width}, "
-                    f"got {self.channel_granularity}"
-                )
-        if self.channel_masker not in CHANNEL_MASKERS:
-            raise ValueError(
-                f"{self.name}: channel_masker must be one of {', '.join(CHANNEL_MASKERS)}, "
-                f"got {self.channel_masker!r}"
-            )
+        if self.has_channels:
+            self._check_channels()
+        if self.se_width:
+            _positive(self, "se_width")
         if self.conv1_stride not in (1, self.stride):
             raise ValueError(
                 f"{self.name}: conv1_stride must be 1 or the stride {self.stride}, "
@@ -166,6 +150,60 @@ class BlockShape:
             )
         if self.downsample_pool and not self.downsample:
             raise ValueError(f"{self.name}: downsample_pool=True needs downsample=True")
+
+    def _check_channels(self) -> None:
+        _positive(self, "channel_granularity")
+        if self.width % self.channel_granularity:
+            raise ValueError(
+                f"{self.name}: channel_granularity must divide width={self.width}, "
+                f"got {self.channel_granularity}"
+            )
+        if self.channel_masker not in CHANNEL_MASKERS:
+            raise ValueError(
+                f"{self.name}: channel_masker must be one of {', '.join(CHANNEL_MASKERS)}, "
+                f"got {self.channel_masker!r}"
+            )
+        _positive(self, "channel_masker_layers", "channel_reduction")
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether it decides per patch."""
+        return self.mode in ("spatial", "both")
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether it decides per group of channels."""
+        return self.mode in ("channel", "both")
+
+    @property
+    def decides_positions(self) -> bool:
+        """Whether it may leave out positions: patches, or all of them."""
+        return self.has_patches or self.mode == "layer"
+
+    @property
+    def channel_groups(self) -> int:
+        """Decisions about channels; 0 for a block without."""
+        return self.width // self.channel_granularity if self.has_channels else 0
+
+    @property
+    def channel_hidden(self) -> int:
+        """Channels between the layers of the channel masker; 0 for one layer or no masker."""
+        if not self.has_channels:
+            return 0
+        return channel_hidden(
+            self.channel_masker,
+            self.channel_masker_layers,
+            self.c_in,
+            self.channel_groups,
+            self.channel_reduction,
+        )
+
+    @property
+    def label(self) -> str:
+        """Mode and granularities: 'static', 'spatial S=4', 'channel G=2', 'both S=4 G=2'."""
+        side = f" S={self.granularity}" if self.has_patches else ""
+        group = f" G={self.channel_granularity}" if self.has_channels else ""
+        return f"{self.mode}{side}{group}"
 
     @property
     def h_mid(self) -> int:
@@ -193,24 +231,8 @@ class BlockShape:
         return self.stride // self.conv1_stride
 
     @property
-    def channel_groups(self) -> int:
-        """Decisions of the channel masker; 0 for a block that skips no channels."""
-        return self.width // self.channel_granularity if self.mode in CHANNEL_MODES else 0
-
-    @property
-    def channel_hidden(self) -> int:
-        """Channels inside the channel masker; 0 without one, and for 'mlp1'."""
-        if self.mode not in CHANNEL_MODES or self.channel_masker == "mlp1":
-            return 0
-        if self.masker_width:
-            return self.masker_width
-        if self.channel_masker == "mlp2":
-            return max(self.channel_groups // 16, 16)
-        return max(self.c_in // 16, 1)
-
-    @property
     def n_patches(self) -> int:
-        """Patch positions on the block's output; 1 for a layer block, 0 where none are skipped."""
+        """Patches of the block's output; 1 for a layer block, 0 where no position is left out."""
         return self._positions(self.h_out, self.w_out)
 
     @property
@@ -219,7 +241,7 @@ class BlockShape:
         return self._positions(self.h_mid, self.w_mid)
 
     def _positions(self, height: int, width: int) -> int:
-        if self.mode not in PATCH_MODES:
+        if not self.has_patches:
             return int(self.mode == "layer")
         return _ceil_div(height, self.granularity) * _ceil_div(width, self.granularity)
 
@@ -265,26 +287,20 @@ class NetworkShape:
         return replace(self, blocks=tuple(replace(b, mode="static") for b in self.blocks))
 
     def with_granularity(self, granularity: Mapping[int, int]) -> NetworkShape:
-        """The same network with another S in the blocks of some stages: {stage: S}.
-
-        Blocks that skip no patches stay as they are.
-        """
+        """The same network with another S in the patches of some stages' blocks: {stage: S}."""
         blocks = (
             replace(b, granularity=granularity[b.stage])
-            if b.mode in PATCH_MODES and b.stage in granularity
+            if b.has_patches and b.stage in granularity
             else b
             for b in self.blocks
         )
         return replace(self, blocks=tuple(blocks))
 
     def with_channel_granularity(self, granularity: Mapping[int, int]) -> NetworkShape:
-        """The same network with another G in the blocks of some stages: {stage: G}.
-
-        Blocks that skip no channels stay as they are.
-        """
+        """The same network with another G in the channels of some stages' blocks: {stage: G}."""
         blocks = (
             replace(b, channel_granularity=granularity[b.stage])
-            if b.mode in CHANNEL_MODES and b.stage in granularity
+            if b.has_channels and b.stage in granularity
             else b
             for b in self.blocks
         )
@@ -299,7 +315,6 @@ def resnet_shape(
     base_channels: int = 64,
     stage1_downsample: bool = True,
     channel_granularity: Sequence[int] = (2, 2, 2, 2),
-    channel_masker: str = "mlp2",
 ) -> NetworkShape:
     """The shapes of a ResNet with bottlenecks (style 'pytorch', 7x7 stem and 3x3 max-pool).
 
@@ -313,7 +328,6 @@ def resnet_shape(
             real networks have; the published figures leave it out. Defaults to True.
         channel_granularity: Channels G per decision and stage, where channels are skipped.
             Defaults to (2, 2, 2, 2).
-        channel_masker: See :class:`BlockShape`. Defaults to 'mlp2'.
 
     Raises:
         ValueError: An argument is unknown, not positive, or of the wrong length.
@@ -323,7 +337,7 @@ def resnet_shape(
     _check_hw("input_hw", input_hw)
     if not isinstance(base_channels, numbers.Integral) or base_channels < 1:
         raise ValueError(f"base_channels must be a positive integer, got {base_channels!r}")
-    modes = per_stage(mode, granularity, channel_granularity)
+    settings = stage_settings(mode, granularity, channel_granularity)
     name = f"resnet{depth}"
     height, width = (_ceil_div(n, 2) for n in input_hw)
     conv = ConvShape("conv1", 3, base_channels, 7, 2, 1, height, width)
@@ -338,52 +352,56 @@ def resnet_shape(
             block = BlockShape(
                 f"stage{stage}.{i}",
                 stage,
-                modes[stage - 1].mode,
-                modes[stage - 1].granularity,
-                c_in,
-                inner,
-                inner * _EXPANSION,
-                height,
-                width,
-                stride,
+                c_in=c_in,
+                width=inner,
+                c_out=inner * _EXPANSION,
+                h_in=height,
+                w_in=width,
+                stride=stride,
                 downsample=i == 0 and (stage > 1 or stage1_downsample),
-                channel_granularity=modes[stage - 1].channel_granularity,
-                channel_masker=channel_masker,
+                **settings[stage - 1],
             )
             blocks.append(block)
             c_in, height, width = block.c_out, block.h_out, block.w_out
     return NetworkShape(name, tuple(input_hw), (conv, pool), tuple(blocks))
 
 
-class StageMode(NamedTuple):
-    """How the blocks of one stage skip; a granularity that the mode has no use for is 0."""
-
-    mode: str
-    granularity: int
-    channel_granularity: int
-
-
-def per_stage(
+def stage_settings(
     mode: str | Sequence[str], granularity: Sequence[int], channel_granularity: Sequence[int]
-) -> tuple[StageMode, ...]:
-    """One mode for all of four stages, or one each, with their granularities.
+) -> list[dict[str, Any]]:
+    """What the blocks of each of four stages have in common, as arguments of BlockShape.
 
     Raises:
         ValueError: A mode is unknown, or an argument has not four entries.
     """
     modes = (mode,) * 4 if isinstance(mode, str) else tuple(mode)
-    arguments = dict(
-        mode=modes, granularity=tuple(granularity), channel_granularity=tuple(channel_granularity)
-    )
-    for key, values in arguments.items():
+    sides, groups = tuple(granularity), tuple(channel_granularity)
+    for key, values in dict(mode=modes, granularity=sides, channel_granularity=groups).items():
         if len(values) != 4:
             raise ValueError(f"{key} must have one entry per stage (4), got {values!r}")
-    for stage, name in enumerate(modes, 1):
+    settings = []
+    for stage, (name, side, group) in enumerate(zip(modes, sides, groups), 1):
         _check_mode(f"stage {stage}", name)
-    return tuple(
-        StageMode(name, 0 if name == "static" else side, by if name in CHANNEL_MODES else 0)
-        for name, side, by in zip(*arguments.values())
-    )
+        setting = dict(mode=name, granularity=0 if name == "static" else side)
+        if name in ("channel", "both"):
+            setting["channel_granularity"] = group
+        settings.append(setting)
+    return settings
+
+
+def channel_hidden(kind: str, layers: int, c_in: int, groups: int, reduction: int) -> int:
+    """Channels between the layers of a channel masker, 0 for a single layer.
+
+    Args:
+        kind: 'mlp' or 'conv_linear'.
+        layers: Of an MLP, 1 or 2.
+        c_in: Channels of the block's input.
+        groups: Decisions per image.
+        reduction: What the groups (MLP) or input channels (conv_linear) are divided by.
+    """
+    if kind == "conv_linear":
+        return c_in // reduction
+    return max(groups // reduction, 16) if layers == 2 else 0
 
 
 def _ceil_div(n: int, by: int) -> int:
@@ -398,13 +416,6 @@ def _check_mode(name: str, mode: str) -> None:
 def _check_hw(name: str, value: Sequence[int]) -> None:
     if len(value) != 2 or not all(isinstance(n, numbers.Integral) and n > 0 for n in value):
         raise ValueError(f"{name}: input_hw must be two positive integers, got {value!r}")
-
-
-def _not_negative(shape: BlockShape, *keys: str) -> None:
-    for key in keys:
-        value = getattr(shape, key)
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-            raise ValueError(f"{shape.name}: {key} must be an integer >= 0, got {value!r}")
 
 
 def _positive(shape: ConvShape | PoolShape | BlockShape, *keys: str) -> None:

@@ -10,12 +10,19 @@ from mmpretrain.models.backbones.resnext import Bottleneck as GroupedBottleneck
 from torch import Tensor
 
 from las_mm.latency.regnet import ARCHS, SE_RATIO
-from las_mm.latency.shapes import ConvShape, PoolShape
+from las_mm.latency.shapes import NetworkShape
 from las_mm.models import sparse
+from las_mm.models.backbone import (
+    DynamicBackbone,
+    block_shapes,
+    check_stages,
+    conv_shape,
+    half_size,
+)
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.excitation import POOLS, SqueezeExcitation
 from las_mm.models.released import convert_regnet
-from las_mm.models.resnet import LASResNet, _half, conv_shape
+from las_mm.models.settings import block_settings
 from las_mm.registry import MODELS
 
 _ARCH_KEYS = ("w0", "wa", "wm", "group_w", "depth", "bot_mul")
@@ -47,14 +54,13 @@ class DynamicRegNetBlock(DynamicBottleneck, GroupedBottleneck):
         if se_ratio:
             self.se = SqueezeExcitation(self.mid_channels, self.squeeze_channels, se_pool)
 
-    def excite(self, out: Tensor, mask: Tensor | None) -> Tensor:
-        """Squeeze-and-excitation of conv2's output, pooled as :class:`SqueezeExcitation` says."""
+    def _excite(self, out: Tensor, mask: Tensor | None) -> Tensor:
         return out if self.se is None else self.se(out, mask)
 
 
 @MODELS.register_module()
-class LASRegNet(LASResNet, RegNet):
-    """RegNet whose blocks decide per image which patches, or whether at all, to compute.
+class LASRegNet(DynamicBackbone, RegNet):
+    """RegNet whose blocks decide per image which patches and channels, or whether, to compute.
 
     LAUDNet (arXiv 2308.15949). RegNetX and RegNetY (arXiv 2003.13678) with torchvision's
     architectures, from which mmpretrain's ``RegNet`` differs in the last stage of RegNetX-400MF
@@ -68,7 +74,8 @@ class LASRegNet(LASResNet, RegNet):
         arch: ``'regnetx_400mf'``, ``'_800mf'``, ``'_1.6gf'``, ``'_3.2gf'``, ``'_8gf'``, the same
             with ``'regnety'``, or a dict of ``w0``, ``wa``, ``wm``, ``group_w``, ``depth`` and
             ``bot_mul`` as mmpretrain's ``RegNet`` takes it, and optionally ``se_ratio``.
-        mode, granularity, freeze_maskers: See :class:`LASResNet`.
+        mode, granularity, freeze_maskers, channel_granularity, channel_masker,
+            channel_masker_layers, channel_reduction, channel_position: See :class:`LASResNet`.
         se_pool: What squeeze-and-excitation averages over: ``'kept'`` positions, with which
             dropped ones need not be computed, or ``'all'``, as the released checkpoints were
             trained; spatial blocks then have no sparse form. Defaults to ``'kept'``.
@@ -106,9 +113,14 @@ class LASRegNet(LASResNet, RegNet):
     def __init__(
         self,
         arch: str | dict,
-        mode: str | Sequence[str] = "spatial",
+        mode: str | Sequence = "spatial",
         granularity: int | Sequence = (4, 4, 2, 1),
         freeze_maskers: bool = True,
+        channel_granularity: int | Sequence = 2,
+        channel_masker: str | Sequence = "mlp",
+        channel_masker_layers: int | Sequence = 2,
+        channel_reduction: int | Sequence = 16,
+        channel_position: str | Sequence = "after_act",
         se_pool: str = "kept",
         **kwargs,
     ) -> None:
@@ -120,8 +132,21 @@ class LASRegNet(LASResNet, RegNet):
         self.se_pool = se_pool
         widths, _ = self.generate_regnet(*(settings[key] for key in ("w0", "wa", "wm", "depth")))
         _, stage_blocks = self.get_stages_from_blocks(widths)
-        self._set_dynamic(stage_blocks, mode, granularity, freeze_maskers, kwargs)
-        super(LASResNet, self).__init__(settings, **kwargs)
+        if isinstance(granularity, (list, tuple)) and len(granularity) == 4 > len(stage_blocks):
+            granularity = granularity[: len(stage_blocks)]
+        self.settings = block_settings(
+            stage_blocks,
+            mode=mode,
+            granularity=granularity,
+            channel_granularity=channel_granularity,
+            channel_masker=channel_masker,
+            channel_masker_layers=channel_masker_layers,
+            channel_reduction=channel_reduction,
+            channel_position=channel_position,
+        )
+        check_stages(len(stage_blocks), kwargs)
+        self.freeze_maskers = freeze_maskers
+        super().__init__(settings, **kwargs)
         self._register_load_state_dict_pre_hook(_convert_on_load)
 
     def _settings_of(self, arch: str | dict) -> dict:
@@ -153,22 +178,27 @@ class LASRegNet(LASResNet, RegNet):
         kwargs["block"] = DynamicRegNetBlock
         return super().make_res_layer(se_ratio=self.se_ratio, se_pool=self.se_pool, **kwargs)
 
+    def _stem_parts(self) -> list[str]:
+        return ["conv1", self.norm1_name, "relu"]
+
     def _dense_stem(self, x: Tensor) -> Tensor:
         return self.relu(self.norm1(self.conv1(x)))
 
-    @property
-    def variant(self) -> str:
-        """The architecture."""
-        return f"arch={self.arch}"
+    def _network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
+        hw = half_size(input_hw)
+        return NetworkShape(
+            name=f"LASRegNet-{self.arch}",
+            input_hw=input_hw,
+            stem=(conv_shape("stem.conv1", self.conv1, hw),),
+            blocks=block_shapes(
+                [(name, getattr(self, name)) for name in self.res_layers],
+                hw,
+                downsample_pool=lambda block: self.avg_down and block.stride != 1,
+            ),
+        )
 
-    @property
-    def shape_name(self) -> str:
-        """Name of the network in reports, e.g. ``'LASRegNet-regnety_800mf'``."""
-        return f"LASRegNet-{self.arch}"
-
-    def stem_shape(self, input_hw: tuple[int, int]) -> list[ConvShape | PoolShape]:
-        """The convolution before the first block, for an input of ``input_hw``."""
-        return [conv_shape("stem.conv1", self.conv1, _half(input_hw))]
+    def extra_repr(self) -> str:
+        return super().extra_repr().replace(f"depth={self.depth}", f"arch={self.arch}", 1)
 
 
 def _convert_on_load(state_dict: dict[str, Tensor], prefix: str, *_) -> None:

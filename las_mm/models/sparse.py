@@ -140,6 +140,8 @@ class FastBottleneck:
         Raises:
             Unsupported: The block has a part without a fast form.
         """
+        if block.masker_channel is not None:
+            raise Unsupported("there are no sparse ops for skipping channels")
         folded = _fold_block(block)
         dtype, device_type = folded[0][0].dtype, folded[0][0].device.type
         if not ops.supports(dtype, device_type):
@@ -150,7 +152,12 @@ class FastBottleneck:
         winograd = None
         excitation = _excitation_of(block)
         plain = (conv2.stride, conv2.dilation, conv2.groups) == ((1, 1), (1, 1), 1)
-        if plain and excitation is None and dtype == torch.float32 and ops.has_winograd(device_type):
+        if (
+            plain
+            and excitation is None
+            and dtype == torch.float32
+            and ops.has_winograd(device_type)
+        ):
             winograd = ops.pack_winograd(folded[1][0])
             if block.mode != "spatial" or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
