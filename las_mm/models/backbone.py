@@ -24,8 +24,8 @@ class DynamicBackbone(nn.Module):
     Put before the static backbone among the bases. A subclass sets :attr:`settings` before the
     constructor of the static backbone runs, which calls :meth:`make_res_layer` for each stage,
     and gives :meth:`_network_shape`, :meth:`_dense_stem` and, where the stem has a fast form,
-    :attr:`fast_stem` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``, ``res_layers`` (names of the
-    stages), ``frozen_stages`` and ``freeze_maskers``.
+    :attr:`fast_stem` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``,
+    ``res_layers`` (names of the stages), ``frozen_stages`` and ``freeze_maskers``.
 
     Attributes:
         settings: How every block skips, [stage][block].

@@ -122,16 +122,13 @@ _REGNET_BLOCK = re.compile(r"trunk_output\.block(\d+)\.block\1-(\d+)\.")
 def convert_regnet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Key names of a torchvision or released RegNet checkpoint -> those of :class:`LASRegNet`.
 
-    ============================================  ===================================    torchvision and released                      ours
-    ============================================  ==========================================
-    ``stem.0``, ``stem.1``                        ``conv1``, ``bn1``
-    ``trunk_output.blockI.blockI-J``              ``layerI.J``, and inside of it:
-    ``f.a``, ``f.b``, ``f.c`` ``.0``, ``.1``      ``conv1``, ``bn1``, ... ``conv3``, ``bn3``
-    ``f.se.fc1``, ``f.se.fc2``                    ``se.fc1``, ``se.fc2``
-    ``proj.0``, ``proj.1``                        ``downsample.0``, ``downsample.1``
-    ``f.masker_spatial.conv``                     ``masker.conv``
-    ``f.masker_channel.*``                        ``masker_channel.*``
-    ============================================  ==========================================
+    - ``stem.0``, ``stem.1``: ``conv1``, ``bn1``
+    - ``trunk_output.blockI.blockI-J``: ``layerI.J``, and inside of it:
+    - ``f.a.0``, ``f.a.1`` (likewise b, c): ``conv1``, ``bn1`` (2, 3)
+    - ``f.se.fc1``, ``f.se.fc2``: ``se.fc1``, ``se.fc2``
+    - ``proj.0``, ``proj.1``: ``downsample.0``, ``downsample.1``
+    - ``f.masker_spatial.conv``: ``masker.conv``
+    - ``f.masker_channel.*``: ``masker_channel.*``
 
     Other keys (the classifier, ``fc.*``) keep their names.
 
@@ -152,7 +149,8 @@ def _regnet_key(key: str) -> str:
         if rest.startswith(theirs):
             return start + ours + rest.removeprefix(theirs)
     return key
-=======
+
+
 def _lower(arguments: dict) -> dict:
     """The released code writes 'MLP'."""
     kind = arguments.get("channel_masker")
