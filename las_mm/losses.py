@@ -160,7 +160,7 @@ class BudgetLoss(nn.Module):
 
     def _warn_if_unreachable(self, network: NetworkShape) -> None:
         table = self._latency.tables(network)
-        least, most = table.predict(0.0).ratio, table.predict(1.0).ratio
+        least, most = (table.predict(r, rates_channel=r).ratio for r in (0.0, 1.0))
         if not least <= self.target <= most:
             height, width = network.input_hw
             print_log(

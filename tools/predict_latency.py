@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--shape", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"), help="of an image")
     add("--batch", type=int, help="images per batch; default: the device file's")
     add("--rate", type=float, nargs="+", default=[0.5], help="of all blocks, or one per block")
+    add("--channel-rate", type=float, nargs="+", default=[1.0], help="likewise, of channels kept")
     add("--rate-dilated", type=float, nargs="+", help="conv1's; default: --rate, as in the papers")
     add("--mode", choices=MODES, nargs="+", help="of all stages, or one per stage")
     add("--granularity", type=int, nargs="+", help="patch side S: one, or one per stage or block")
@@ -81,7 +82,7 @@ def make_table(dynamic: Report, static: Report, network: NetworkShape) -> Table:
 
     modes = {}
     for stage, blocks in network.stages().items():
-        labels = (block.label for block in blocks)
+        labels = (b.label for b in blocks)
         modes[f"stage{stage}"] = (str(len(blocks)), ", ".join(dict.fromkeys(labels)))
     for part, whole in zip(dynamic.children, static.children):
         add_row(part.name, *modes.get(part.name, ("", "static")), whole, part)
@@ -95,6 +96,9 @@ def conditions(args: argparse.Namespace, device: Device, network: NetworkShape) 
     batch = device.batch_size if args.batch is None else args.batch
     height, width = network.input_hw
     rates = f"rate {args.rate[0]:g}" if len(args.rate) == 1 else "a rate per block"
+    if any(block.has_channels for block in network.blocks):
+        channel = args.channel_rate
+        rates += f", channel rate {channel[0]:g}" if len(channel) == 1 else " and of channels"
     return (
         f"{network.name} on {device.name}, batch {batch} of {height} x {width}, {rates}, per image"
     )
@@ -127,11 +131,11 @@ def main(argv: list[str] | None = None) -> None:
         network = read_network(args)
         batch = device.batch_size if args.batch is None else args.batch
         shape = (batch, 3, *network.input_hw)
-        rates, dilated = (
+        rates, dilated, channel = (
             values[0] if values is not None and len(values) == 1 else values
-            for values in (args.rate, args.rate_dilated)
+            for values in (args.rate, args.rate_dilated, args.channel_rate)
         )
-        dynamic = predict(network, device, shape, rates, dilated)
+        dynamic = predict(network, device, shape, rates, dilated, rates_channel=channel)
         static = predict(network.static(), device, shape)
         if args.json is not None:
             content = dict(

@@ -82,15 +82,15 @@ class PredictedLatencyHook(Hook):
     def predict(self, activation: NetworkActivation):
         """Predicted seconds per image at the recorded rates."""
         # One transfer; straight-through arithmetic may leave a rate a rounding error above 1.
-        rates, dilated = (
-            torch.stack([activation.rates, activation.rates_dilated])
+        rates, dilated, channel = (
+            torch.stack([activation.rates, activation.rates_dilated, activation.rates_channel])
             .detach()
             .clamp(0, 1)
             .cpu()
             .double()
             .numpy()
         )
-        return self.table(activation).predict(rates, None if self.paper else dilated)
+        return self.table(activation).predict(rates, None if self.paper else dilated, channel)
 
     @staticmethod
     def _model(runner):

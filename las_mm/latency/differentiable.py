@@ -42,11 +42,15 @@ class LatencyReport:
 
 @dataclass(frozen=True)
 class _Lines:
-    """A table as tensors. Segment i of curve j is ``start[j, i] + slope[j, i] * rate``."""
+    """A table as tensors.
+
+    Segment i of curve j is ``start[j, i] + slope[j, i] * rate``. Where blocks skip channels, cell
+    (i, k) of surface j is ``start + slope * rate + (slope_channel + both * rate) * rate_channel``.
+    """
 
     table: LatencyTable
-    lines: Tensor  # (2 * n_blocks * segments, 2): start and slope, conv1's curves first
-    first: Tensor  # (2, n_blocks): row of each curve's first segment
+    lines: Tensor  # (2 * n_blocks * segments (* segments), 2 or 4); conv1's come first
+    first: Tensor  # (2, n_blocks): row of each curve's first segment, or surface's first cell
     fixed: Tensor  # (n_blocks,)
     static_blocks: Tensor  # (n_blocks,)
     static: Tensor  # ()
@@ -79,8 +83,16 @@ class DifferentiableLatency:
         # Seconds of one block are small against those of the network: float64, as for FLOPs.
         rates = torch.stack([activation.rates_dilated, activation.rates]).double()
         segment = (rates.detach() * segments).long().clamp_(0, segments - 1)
-        start, slope = curves.lines[curves.first + segment].unbind(-1)
-        blocks = (start + slope * rates).sum(0) + curves.fixed
+        if curves.table.channel_blocks.size:
+            channel = activation.rates_channel.double()
+            other = (channel.detach() * segments).long().clamp_(0, segments - 1)
+            cell = curves.first + segment * segments + other
+            start, slope, slope_channel, both = curves.lines[cell].unbind(-1)
+            parts = start + slope * rates + (slope_channel + both * rates) * channel
+        else:
+            start, slope = curves.lines[curves.first + segment].unbind(-1)
+            parts = start + slope * rates
+        blocks = parts.sum(0) + curves.fixed
         return LatencyReport(
             dynamic=blocks.sum() + curves.table.stem_s,
             static=curves.static,
@@ -99,18 +111,44 @@ class DifferentiableLatency:
 
 def _tabulate(table: LatencyTable, device: torch.device) -> _Lines:
     curves = np.stack([table.conv1_s, table.rest_s])  # (2, n_blocks, points)
-    slope = np.diff(curves) / np.diff(table.grid)
-    start = curves[..., :-1] - slope * table.grid[:-1]
-    first = np.arange(0, slope.size, slope.shape[-1]).reshape(slope.shape[:-1])
+    slope, start = _fit(curves, table.grid)
+    lines, fixed = [start, slope], table.fixed_s
+    if table.channel_blocks.size:
+        lines, fixed = _surfaces(table, curves)
+    first = np.arange(0, lines[0].size, lines[0][0, 0].size).reshape(curves.shape[:2])
 
     def tensor(values: np.ndarray | float) -> Tensor:
         return torch.as_tensor(values, device=device)
 
     return _Lines(
         table=table,
-        lines=tensor(np.stack([start.ravel(), slope.ravel()], axis=-1)),
+        lines=tensor(np.stack([part.ravel() for part in lines], axis=-1)),
         first=tensor(first),
-        fixed=tensor(table.fixed_s),
+        fixed=tensor(fixed),
         static_blocks=tensor(table.static_block_s),
         static=tensor(np.float64(table.static_s)),
     )
+
+
+def _fit(values: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(slope, value at 0) of each segment of curves along the last axis."""
+    slope = np.diff(values) / np.diff(grid)
+    return slope, values[..., :-1] - slope * grid[:-1]
+
+
+def _surfaces(table: LatencyTable, curves: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Coefficients of the cells, each (2, n_blocks, segments, segments), and the fixed seconds.
+
+    Blocks that skip no channels have surfaces that are flat along the channel rate.
+    """
+    points = len(table.grid)
+    values = np.repeat(curves[..., None], points, axis=-1)  # rate, channel rate
+    values[:, table.channel_blocks] = np.stack([table.channel_conv1_s, table.channel_rest_s])
+    fixed = table.fixed_s.copy()
+    fixed[table.channel_blocks] = 0  # in the surfaces
+    # First along the channel rate, then each coefficient along the rate.
+    lines = []
+    for part in reversed(_fit(values, table.grid)):  # value at channel rate 0, then its slope
+        slope, start = _fit(part.swapaxes(-1, -2), table.grid)
+        lines += [start.swapaxes(-1, -2), slope.swapaxes(-1, -2)]
+    return lines, fixed

@@ -29,6 +29,7 @@ def predict(
     rates: Rates | None = None,
     rates_dilated: Rates | None = None,
     per_image: bool = True,
+    rates_channel: Rates | None = None,
 ) -> Report:
     """Predicted latency of a dynamic backbone: stem and stages, their blocks, their operators.
 
@@ -48,6 +49,8 @@ def predict(
         rates_dilated: conv1's rates likewise. Defaults to None: as recorded, or ``rates`` where
             these are given (the papers' setting, without a halo).
         per_image: Whether to divide by the batch size, as the papers do. Defaults to True.
+        rates_channel: Channel rates likewise, of the blocks that skip channels. Defaults to None:
+            as recorded, or 1 where ``rates`` are given.
 
     Raises:
         ValueError: No model of latency for something in ``source``, an ``input_shape`` that is
@@ -66,18 +69,27 @@ def predict(
     device = load_device(device)
     batch, size = _split(input_shape)
     if rates is None and not isinstance(source, NetworkShape) and not _is_config(source):
-        rates, recorded, size = _recorded(source, size)
+        rates, recorded, channel, size = _recorded(source, size)
         rates_dilated = recorded if rates_dilated is None else rates_dilated
+        rates_channel = channel if rates_channel is None else rates_channel
     network = find_network(source, size)
     if rates is None:
-        if any(block.mode != "static" for block in network.blocks):
+        modes = {block.mode for block in network.blocks} - {"static"}
+        if modes - {"channel"} or (modes and rates_channel is None):
             raise ValueError(
                 f"{network.name} has dynamic blocks, so its latency depends on their rates: give "
-                "rates (e.g. rates=0.5), or a model that has run on an image"
+                "rates (e.g. rates=0.5; rates_channel=0.5 for skipped channels), or a model that "
+                "has run on an image"
             )
         rates = 1.0
     return network_report(
-        device, network, rates, rates_dilated, batch_size=batch, per_image=per_image
+        device,
+        network,
+        rates,
+        rates_dilated,
+        batch_size=batch,
+        per_image=per_image,
+        rates_channel=1.0 if rates_channel is None else rates_channel,
     )
 
 
@@ -162,26 +174,24 @@ def _split(input_shape: Sequence[int] | None) -> tuple[int | None, tuple[int, in
 
 def _recorded(
     model: Any, size: tuple[int, int] | None
-) -> tuple[Rates | None, Rates | None, tuple[int, int] | None]:
-    """(rates, dilated rates, input size) of a model's last forward pass, as far as there are."""
+) -> tuple[Rates | None, Rates | None, Rates | None, tuple[int, int] | None]:
+    """(rates, dilated and channel rates, input size) of a model's last pass, as far as known."""
     backbone = _backbone_of(model)
     try:
         activation = backbone.network_activation().detach()
     except RuntimeError as error:
         if not backbone.maskers() and size is not None:
-            return None, None, size
+            return None, None, None, size
         raise ValueError(
             f"{type(model).__name__} has not run yet, so its blocks have no rates: run it on an "
             "image, or give input_shape and rates, e.g. rates=0.5"
         ) from error
-    if bool((activation.rates_channel != 1).any()):
-        raise ValueError("skipping channels has no latency model yet")
     # Straight-through arithmetic may leave a rate a rounding error above 1.
-    rates, dilated = (
+    rates, dilated, channel = (
         values.clamp(0, 1).double().cpu().numpy()
-        for values in (activation.rates, activation.rates_dilated)
+        for values in (activation.rates, activation.rates_dilated, activation.rates_channel)
     )
-    return rates, dilated, activation.shape.input_hw if size is None else size
+    return rates, dilated, channel, activation.shape.input_hw if size is None else size
 
 
 def _backbone_of(model: Any) -> Any:
@@ -257,7 +267,7 @@ def _check_covered(backbone: Any, network: NetworkShape) -> None:
                 "there is no latency model"
             )
     expected = sum(hasattr(layer, "c_in") for layer in network.stem)
-    expected += sum(3 + block.downsample for block in network.blocks)
+    expected += sum(3 + b.downsample + 2 * bool(b.se_width) for b in network.blocks)
     if convs != expected:
         raise ValueError(
             f"{type(backbone).__name__} has {convs} convolutions, its shape counts {expected}: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .shapes import BlockShape, ConvShape, NetworkShape, per_stage
+from .shapes import BlockShape, ConvShape, NetworkShape, stage_settings
 
 _STEM = 32
 _MULTIPLE = 8  # widths are multiples of this
@@ -52,7 +52,6 @@ def regnet_shape(
     mode: str | Sequence[str] = "spatial",
     granularity: Sequence[int] = (4, 4, 2, 1),
     channel_granularity: Sequence[int] = (2, 2, 2, 2),
-    channel_masker: str = "mlp2",
 ) -> NetworkShape:
     """The shapes of a RegNetX or RegNetY: a 3x3 stem and four stages of stride 2.
 
@@ -62,34 +61,30 @@ def regnet_shape(
         mode: Mode of all blocks, or one per stage. Defaults to 'spatial'.
         granularity: Patch side S per stage. Defaults to (4, 4, 2, 1).
         channel_granularity: Channels G per decision and stage. Defaults to (2, 2, 2, 2).
-        channel_masker: See :class:`BlockShape`. Defaults to 'mlp2'.
 
     Raises:
         ValueError: An argument is unknown, not positive, or of the wrong length.
     """
     stages = regnet_stages(arch)
-    modes = per_stage(mode, granularity, channel_granularity)
+    settings = stage_settings(mode, granularity, channel_granularity)
     height, width = (-(-n // 2) for n in input_hw)
     stem = ConvShape("stem", 3, _STEM, 3, 2, 1, height, width)
     blocks, c_in = [], _STEM
-    for stage, ((count, channels, per_group), how) in enumerate(zip(stages, modes), 1):
+    for stage, ((count, channels, per_group), setting) in enumerate(zip(stages, settings), 1):
         for i in range(count):
             block = BlockShape(
                 f"stage{stage}.{i}",
                 stage,
-                how.mode,
-                how.granularity,
-                c_in,
-                channels,
-                channels,
-                height,
-                width,
+                c_in=c_in,
+                width=channels,
+                c_out=channels,
+                h_in=height,
+                w_in=width,
                 stride=2 if i == 0 else 1,
                 groups=channels // per_group,
                 downsample=i == 0,
                 se_width=round(SE_RATIO * c_in) if arch.startswith("y") else 0,
-                channel_granularity=how.channel_granularity,
-                channel_masker=channel_masker,
+                **setting,
             )
             blocks.append(block)
             c_in, height, width = block.c_out, block.h_out, block.w_out

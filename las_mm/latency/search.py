@@ -1,10 +1,15 @@
-"""Which granularity S each stage should have on a device: a search with the latency model.
+"""Which granularity each stage should have on a device: a search with the latency model.
+
+S is the side of a patch, G the channels that share a decision.
 
 What is searched. A stage's latency is the sum of its blocks', and in the model no block depends on
 another, so neither do stages: each is searched alone, and the best settings of the network are
 sums of the stages' rankings. Candidates are all S from 1 to the longer side of the stage's map
 that matter: of the S that cut the map into the same number of rows and columns of patches only
 the smallest is kept, since the others compute the same patches with more padding.
+
+Where channels are skipped, candidates for G are the powers of two that divide the width of all
+blocks of the stage and leave at least two groups; where both are, all pairs of S and G.
 
 What the model leaves out, and a person has to weigh:
 
@@ -16,6 +21,9 @@ What the model leaves out, and a person has to weigh:
   the larger against the patch the finer S is (up to 9 positions per kept one at S=1, 1.6 at S=8,
   for isolated patches; less where neighbours are kept). Here conv1 has the rate of the block, as
   in the published figures, which flatters fine patches.
+- *Channels.* In the model G changes how evenly the active channels fall on tiles (fine ones more
+  evenly) and the size of the masker, both little; what gathering single channels costs a kernel
+  is not modelled, nor what coarse groups do to accuracy.
 - *Edges.* Where S does not divide the map, the last row or column of patches is cut off. The
   model charges whole patches, so such an S is judged a little too dear.
 
@@ -43,6 +51,7 @@ from .predictor import block_curves
 from .shapes import BlockShape, NetworkShape
 
 _RESOLUTION = 1000  # break-even rates are found to 1/1000
+_CHANNEL_RATES = np.linspace(0, 1, 41)  # between which a curve over the channel rate is a line
 
 
 @dataclass(frozen=True)
@@ -50,16 +59,18 @@ class Choice:
     """One granularity for one stage. Times in seconds per image.
 
     Attributes:
-        granularity: Side S of a patch in outputs.
-        rows, columns: Patches along the sides of the stage's map.
+        granularity: Side S of a patch in outputs; 1 for a stage without patches.
+        channel_granularity: Channels G of a decision; 1 for a stage that skips no channels.
+        rows, columns: Patches along the sides of the stage's map; 1 without patches.
         ragged: Whether S does not divide the map, so that edge patches are cut off.
         latency_s: The stage at the expected rate.
         ratio: That over the static stage.
         break_even: The rate below which the stage is faster than the static stage, from 0 (never)
-            to 1 (always), to 1/1000.
+            to 1 (always), to 1/1000; the channel rate of a stage that skips channels only.
     """
 
     granularity: int
+    channel_granularity: int
     rows: int
     columns: int
     ragged: bool
@@ -79,6 +90,8 @@ class StageSearch:
         layer_s: Latency of the stage skipping whole layers at the same rate, to compare with.
         choices: By latency; of equals the finer one comes first.
         chosen: The finest of those that are as fast as the fastest but for the tolerance.
+        mode: What its dynamic blocks skip: 'spatial', 'channel' or 'both'; 'mixed' where they
+            differ.
     """
 
     stage: int
@@ -87,6 +100,7 @@ class StageSearch:
     layer_s: float
     choices: tuple[Choice, ...]
     chosen: Choice
+    mode: str
 
 
 @dataclass(frozen=True)
@@ -95,11 +109,13 @@ class Setting:
 
     Attributes:
         granularity: S per stage, in order; 1 for a stage that has no patches.
+        channel_granularity: G per stage, in order; 1 for a stage that skips no channels.
         latency_s: Seconds per image of the backbone, stem included, at the expected rate.
         ratio: That over the static backbone.
     """
 
     granularity: tuple[int, ...]
+    channel_granularity: tuple[int, ...]
     latency_s: float
     ratio: float
 
@@ -113,17 +129,19 @@ class SearchResult:
         network: The searched network, with its own granularity.
         batch_size: Images per batch.
         rate: The expected activation rate of every block.
+        rate_channel: The expected channel rate of the blocks that skip channels.
         static_s: Seconds per image of the static backbone.
-        stages: Stages whose blocks are spatial, in order.
+        stages: Stages whose blocks skip patches or channels, in order.
         settings: The best settings of the whole network, fastest first.
         chosen: The setting of the stages' chosen granularities.
-        current: The network's own setting, where it has one S per stage.
+        current: The network's own setting, where it has one S and one G per stage.
     """
 
     device: Device
     network: NetworkShape
     batch_size: int
     rate: float
+    rate_channel: float
     static_s: float
     stages: tuple[StageSearch, ...]
     settings: tuple[Setting, ...]
@@ -143,15 +161,18 @@ class SearchResult:
             "input_hw": list(self.network.input_hw),
             "batch_size": self.batch_size,
             "rate": self.rate,
+            "rate_channel": self.rate_channel,
             "static_s": self.static_s,
             "stages": [
                 {
                     "stage": found.stage,
+                    "mode": found.mode,
                     "map_hw": list(found.map_hw),
                     "static_s": found.static_s,
                     "layer_s": found.layer_s,
                     "choices": [plain(choice) for choice in found.choices],
                     "chosen": found.chosen.granularity,
+                    "chosen_channel": found.chosen.channel_granularity,
                 }
                 for found in self.stages
             ],
@@ -178,6 +199,13 @@ def candidates(map_hw: Sequence[int], min_patches: int = 1, ragged: bool = True)
     return sorted(sides.values())
 
 
+def channel_candidates(widths: Sequence[int]) -> list[int]:
+    """Powers of two that divide all ``widths`` into at least two groups; 1 is always one."""
+    limit = max(min(widths) // 2, 1)
+    sizes = [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]
+    return [size for size in sizes if all(width % size == 0 for width in widths)]
+
+
 def search_granularity(
     device: str | Path | Device,
     network: NetworkShape,
@@ -188,10 +216,11 @@ def search_granularity(
     top: int = 5,
     tolerance: float = 0.01,
     patches: str = "mean",
+    rate_channel: float = 0.5,
 ) -> SearchResult:
-    """Find the fastest granularity of every spatial stage; see this module for the limits.
+    """Find the fastest granularity of every stage; see this module for the limits.
 
-    Chosen is, per stage, the finest S within ``tolerance`` of the fastest: the model is not exact
+    Chosen is, per stage, the finest S, then G, within ``tolerance`` of the fastest: the model is not exact
     to a percent, and finer masks follow the image better.
 
     Args:
@@ -206,47 +235,54 @@ def search_granularity(
         tolerance: Share of a stage's latency that counts as equal. Defaults to 0.01.
         patches: ``'mean'`` or ``'whole'``, see this module and :class:`LatencyTable`. Defaults to
             ``'mean'``.
+        rate_channel: Expected channel rate of the blocks that skip channels. Defaults to 0.5.
 
     Raises:
-        ValueError: No stage is spatial, no S has ``min_patches``, or an argument is out of range.
+        ValueError: No stage skips patches or channels, no S has ``min_patches``, or an argument is out of range.
     """
     device = load_device(device)
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-        raise ValueError(f"rate must be a number in [0, 1], got {rate!r}")
+    for name, share in dict(rate=rate, rate_channel=rate_channel).items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ValueError(f"{name} must be a number in [0, 1], got {share!r}")
     for name, value in dict(min_patches=min_patches, top=top).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance must be a number >= 0, got {tolerance!r}")
     images = device.batch_size if batch_size is None else batch_size
-    curves = _Curves(device, rate, images, patches)
+    curves = _Curves(device, rate, rate_channel, images, patches)
     fixed_s = stem_report(device, network, images).latency_s / images
     static_s = fixed_s
     found = []
     for stage, blocks in network.stages().items():
         latency, stage_static = curves.stage(blocks)
         static_s += stage_static
-        if any(block.mode == "spatial" for block in blocks):
+        if any(block.has_patches or block.has_channels for block in blocks):
             found.append(_search_stage(curves, stage, blocks, min_patches, ragged, tolerance))
         else:
             fixed_s += float(latency[-1])
     if not found:
         raise ValueError(
-            f"{network.name} has no spatial stage, so there is no granularity to choose: set mode "
-            "to 'spatial' for some or all stages"
+            f"{network.name} has no spatial stage and none that skips channels, so there is no "
+            "granularity to choose: set mode to 'spatial' for some or all stages"
         )
 
     def setting(chosen: Sequence[Choice]) -> Setting:
-        sides = {stage.stage: choice.granularity for stage, choice in zip(found, chosen)}
         latency = fixed_s + sum(choice.latency_s for choice in chosen)
-        granularity = tuple(sides.get(stage, 1) for stage in network.stages())
-        return Setting(granularity, latency, latency / static_s)
+        of_stage = {stage.stage: choice for stage, choice in zip(found, chosen)}
+        sides, groups = [], []
+        for stage in network.stages():
+            choice = of_stage.get(stage)
+            sides.append(choice.granularity if choice else 1)
+            groups.append(choice.channel_granularity if choice else 1)
+        return Setting(tuple(sides), tuple(groups), latency, latency / static_s)
 
     return SearchResult(
         device,
         network,
         images,
         float(rate),
+        float(rate_channel),
         static_s,
         tuple(found),
         tuple(setting(chosen) for chosen in _best_combinations(found, top)),
@@ -262,6 +298,8 @@ def latency_against_rate(
     rates: np.ndarray,
     batch_size: int | None = None,
     patches: str = "mean",
+    channel_granularity: Sequence[int] | None = None,
+    rate_channel: float = 0.5,
 ) -> tuple[np.ndarray, float]:
     """Latency of one setting at many rates.
 
@@ -269,15 +307,18 @@ def latency_against_rate(
         device: A device, its name or its file.
         network: The network; its spatial stages get the given granularity.
         granularity: S per stage.
-        rates: Rates of all blocks, shape (points,), in [0, 1].
+        rates: Rates of all blocks, shape (points,), in [0, 1]; of blocks that skip channels only,
+            their channel rates.
         batch_size: Images per batch. Defaults to the device's.
         patches: ``'mean'`` or ``'whole'``. Defaults to ``'mean'``.
+        channel_granularity: G per stage. Defaults to None: the network's own.
+        rate_channel: Channel rate of the blocks that skip patches too. Defaults to 0.5.
 
     Returns:
         (latency, static latency): seconds per image, stem included, shape (points,) and one.
 
     Raises:
-        ValueError: ``granularity`` has not one entry per stage.
+        ValueError: A granularity has not one entry per stage.
     """
     device = load_device(device)
     images = device.batch_size if batch_size is None else batch_size
@@ -287,24 +328,61 @@ def latency_against_rate(
             f"granularity needs one S per stage ({len(stages)}), got {tuple(granularity)}"
         )
     chosen = network.with_granularity(dict(zip(stages, granularity)))
+    if channel_granularity is not None:
+        if len(channel_granularity) != len(stages):
+            raise ValueError(
+                f"channel_granularity needs one G per stage ({len(stages)}), "
+                f"got {tuple(channel_granularity)}"
+            )
+        chosen = chosen.with_channel_granularity(dict(zip(stages, channel_granularity)))
     stem = stem_report(device, network, images).latency_s / images
     latency, static = np.full(len(rates), stem), stem
     memo: dict[BlockShape, tuple[np.ndarray, float]] = {}
     for block in chosen.blocks:
         key = replace(block, name="block", stage=0)
         if key not in memo:
-            conv1, rest, fixed, whole = block_curves(device, key, rates, images, patches)
-            memo[key] = ((conv1 + rest + fixed) / images, whole / images)
+            curve, whole = _block_seconds(device, key, rates, rate_channel, images, patches)
+            memo[key] = (curve / images, whole / images)
         latency = latency + memo[key][0]
         static += memo[key][1]
     return latency, static
 
 
-class _Curves:
-    """Latencies of stages at a fine grid of rates and, as the last entry, at the expected one."""
+def _block_seconds(
+    device: Device,
+    block: BlockShape,
+    rates: np.ndarray,
+    rate_channel: float,
+    images: int,
+    patches: str,
+) -> tuple[np.ndarray, float]:
+    """Seconds of the batch at many rates, and of the static block.
 
-    def __init__(self, device: Device, rate: float, images: int, patches: str) -> None:
+    The rates are channel rates where only channels are skipped; there the curve is interpolated.
+    """
+    if block.mode != "channel":
+        conv1, rest, fixed, static = block_curves(
+            device, block, rates, images, patches, rate_channel
+        )
+        return conv1 + rest + fixed, static
+    values = []
+    for rate in _CHANNEL_RATES:
+        _, _, seconds, static = block_curves(device, block, np.ones(1), images, patches, rate)
+        values.append(seconds)
+    return np.interp(rates, _CHANNEL_RATES, values), static
+
+
+class _Curves:
+    """Latencies of stages at a fine grid of rates and, as the last entry, at the expected one.
+
+    The rates of a stage that skips channels only are channel rates.
+    """
+
+    def __init__(
+        self, device: Device, rate: float, rate_channel: float, images: int, patches: str
+    ) -> None:
         self.device, self.images, self.patches = device, images, patches
+        self.rate_channel = rate_channel
         self.rates = np.append(np.arange(_RESOLUTION + 1) / _RESOLUTION, rate)
         self._blocks: dict[BlockShape, tuple[np.ndarray, float]] = {}
 
@@ -315,10 +393,13 @@ class _Curves:
 
     def _block(self, key: BlockShape) -> tuple[np.ndarray, float]:
         if key not in self._blocks:
-            conv1, rest, fixed, static = block_curves(
-                self.device, key, self.rates, self.images, self.patches
+            rates = self.rates
+            if key.mode == "channel":
+                rates = np.append(rates[:-1], self.rate_channel)
+            curve, static = _block_seconds(
+                self.device, key, rates, self.rate_channel, self.images, self.patches
             )
-            self._blocks[key] = ((conv1 + rest + fixed) / self.images, static / self.images)
+            self._blocks[key] = (curve / self.images, static / self.images)
         return self._blocks[key]
 
     def break_even(self, latency: np.ndarray, static_s: float) -> float:
@@ -336,35 +417,50 @@ def _search_stage(
     tolerance: float,
 ) -> StageSearch:
     height, width = blocks[-1].h_out, blocks[-1].w_out
-    sides = candidates((height, width), min_patches, ragged)
+    sides, groups = [1], [1]
+    patched = any(block.has_patches for block in blocks)
+    if patched:
+        sides = candidates((height, width), min_patches, ragged)
+    if any(block.has_channels for block in blocks):
+        groups = channel_candidates([block.width for block in blocks if block.has_channels])
     if not sides:
         raise ValueError(
             f"stage {stage} has a map of {height} x {width}, too small for min_patches="
             f"{min_patches} patches"
         )
     choices = []
-    for side in sides:
-        latency, static_s = curves.stage(_with_side(blocks, side))
+    for side, group in itertools.product(sides, groups):
+        latency, static_s = curves.stage(_with_granularity(blocks, side, group))
         choices.append(
             Choice(
                 granularity=side,
-                rows=-(-height // side),
-                columns=-(-width // side),
-                ragged=bool(height % side or width % side),
+                channel_granularity=group,
+                rows=-(-height // side) if patched else 1,
+                columns=-(-width // side) if patched else 1,
+                ragged=patched and bool(height % side or width % side),
                 latency_s=float(latency[-1]),
                 ratio=float(latency[-1]) / static_s,
                 break_even=curves.break_even(latency, static_s),
             )
         )
     layer, static_s = curves.stage([replace(block, mode="layer") for block in blocks])
-    choices.sort(key=lambda choice: (choice.latency_s, choice.granularity))
+
+    def finest(choice: Choice) -> tuple[int, int]:
+        return choice.granularity, choice.channel_granularity
+
+    choices.sort(key=lambda choice: (choice.latency_s, *finest(choice)))
     limit = choices[0].latency_s * (1 + tolerance)
-    chosen = min((c for c in choices if c.latency_s <= limit), key=lambda c: c.granularity)
-    return StageSearch(stage, (height, width), static_s, float(layer[-1]), tuple(choices), chosen)
+    chosen = min((c for c in choices if c.latency_s <= limit), key=finest)
+    modes = {block.mode for block in blocks if block.has_patches or block.has_channels}
+    mode = modes.pop() if len(modes) == 1 else "mixed"
+    return StageSearch(
+        stage, (height, width), static_s, float(layer[-1]), tuple(choices), chosen, mode
+    )
 
 
-def _with_side(blocks: Sequence[BlockShape], side: int) -> list[BlockShape]:
-    return [replace(b, granularity=side) if b.mode == "spatial" else b for b in blocks]
+def _with_granularity(blocks: Sequence[BlockShape], side: int, group: int) -> list[BlockShape]:
+    changed = [replace(b, granularity=side) if b.has_patches else b for b in blocks]
+    return [replace(b, channel_granularity=group) if b.has_channels else b for b in changed]
 
 
 def _best_combinations(found: Sequence[StageSearch], top: int) -> list[tuple[Choice, ...]]:
@@ -376,12 +472,14 @@ def _best_combinations(found: Sequence[StageSearch], top: int) -> list[tuple[Cho
 def _current_setting(
     network: NetworkShape, curves: _Curves, fixed_s: float, static_s: float
 ) -> Setting | None:
-    sides, latency = [], fixed_s
+    sides, groups, latency = [], [], fixed_s
     for blocks in network.stages().values():
-        own = {block.granularity for block in blocks if block.mode == "spatial"}
-        if len(own) > 1:
-            return None  # one S per block
-        sides.append(own.pop() if own else 1)
-        if any(block.mode == "spatial" for block in blocks):
+        own = {block.granularity for block in blocks if block.has_patches}
+        own_groups = {block.channel_granularity for block in blocks if block.has_channels}
+        if len(own) > 1 or len(own_groups) > 1:
+            return None  # one granularity per block
+        if own or own_groups:
             latency += float(curves.stage(blocks)[0][-1])
-    return Setting(tuple(sides), latency, latency / static_s)
+        sides.append(own.pop() if own else 1)
+        groups.append(own_groups.pop() if own_groups else 1)
+    return Setting(tuple(sides), tuple(groups), latency, latency / static_s)

@@ -18,7 +18,7 @@ import numpy as np
 from .device import Device
 from .report import Report
 
-_GATHER_LIMIT = 256  # a dynamic convolution considers at most this many patches per tile
+GATHER_LIMIT = 256  # a dynamic convolution considers at most this many patches per tile
 _CACHE = 4096
 _Size = np.ndarray  # one axis of the tile, broadcast against the others
 _Times = tuple[np.ndarray, np.ndarray]  # seconds of compute, of memory
@@ -103,7 +103,7 @@ def search_conv(
     ``has_output=False`` is the masker of a skipped layer: the input is read, nothing is computed
     or written, and the weights are read only for a batch.
     """
-    c, h, w = _grid(c_out, h_out, w_out)
+    c, h, w = grid(c_out, h_out, w_out)
     n_tiles = np.ceil(c_out / c) * np.ceil(h_out / h) * np.ceil(w_out / w)
     depth = c_in // groups
     weight = depth * kernel * kernel * (has_output or batch_size > 1)
@@ -118,7 +118,7 @@ def search_conv(
         * kernel
         * kernel
         / device.macs_per_s_per_pe
-        / _lane(device, c * h * w)
+        / lane(device, c * h * w)
         * np.ceil(n_tiles / device.n_pe)
     )
     tile = (
@@ -127,17 +127,17 @@ def search_conv(
         + np.ceil(c / (c_out // groups))
         * depth
         * batch_size
-        * _window(h, w, kernel, stride, dilation)
+        * window(h, w, kernel, stride, dilation)
     )
     dram = (
         c_out * weight
         + c_in * h_out * stride * w_out * stride * batch_size
         + c_out * h_out * w_out * output
     )
-    memory = dram / device.dram_values_per_s + n_tiles * tile / device.l2_values_per_s / _request(
+    memory = dram / device.dram_values_per_s + n_tiles * tile / device.l2_values_per_s / request(
         device, w, w_out - w
     )
-    return _cheapest(compute, memory)
+    return cheapest(compute, memory)
 
 
 @lru_cache(maxsize=_CACHE)
@@ -152,7 +152,7 @@ def search_map_op(
     batch_size: int,
 ) -> tuple[float, float]:
     """Seconds of (compute, memory) of an element-wise add (``kernel`` 0) or of a pooling."""
-    c, h, w = _grid(channels, h_out, w_out)
+    c, h, w = grid(channels, h_out, w_out)
     n_tiles = np.ceil(channels / c) * np.ceil(h_out / h) * np.ceil(w_out / w)
     compute = (
         batch_size
@@ -161,7 +161,7 @@ def search_map_op(
         * w
         * operations
         / device.macs_per_s_per_pe
-        / _lane(device, c * h * w)
+        / lane(device, c * h * w)
         * np.ceil(n_tiles / device.n_pe)
     )
     if kernel:
@@ -169,7 +169,40 @@ def search_map_op(
     else:
         reads = 2 * h * w
     memory = n_tiles * c * (reads + h * w) * batch_size / device.dram_values_per_s
-    return _cheapest(compute, memory)
+    return cheapest(compute, memory)
+
+
+@lru_cache(maxsize=_CACHE)
+def search_value_op(
+    device: Device,
+    channels: int,
+    height: int,
+    width: int,
+    operations: int,
+    reads: int,
+    writes: bool,
+    batch_size: int,
+) -> tuple[float, float]:
+    """Seconds of (compute, memory) of an operator on the values of a map.
+
+    Per value of the map ``operations`` are done and ``reads`` values read; every value is written
+    (``writes``), or one per channel and tile, as by a sum over the map.
+    """
+    c, h, w = grid(channels, height, width)
+    n_tiles = np.ceil(channels / c) * np.ceil(height / h) * np.ceil(width / w)
+    compute = (
+        batch_size
+        * c
+        * h
+        * w
+        * operations
+        / device.macs_per_s_per_pe
+        / lane(device, c * h * w)
+        * np.ceil(n_tiles / device.n_pe)
+    )
+    written = h * w if writes else 1
+    memory = n_tiles * c * (reads * h * w + written) * batch_size / device.dram_values_per_s
+    return cheapest(compute, memory)
 
 
 @lru_cache(maxsize=_CACHE)
@@ -202,26 +235,26 @@ def search_dynamic_conv(
             * weight
             * q
             / device.macs_per_s_per_pe
-            / _lane(device, c * h * w * batch_size * q)
+            / lane(device, c * h * w * batch_size * q)
             * np.ceil(n / q)
             * batch_size
             * np.ceil(n_tiles / device.n_pe)
         )
-        window = _window(h, w, kernel, stride, dilation)
+        under = window(h, w, kernel, stride, dilation)
         tile = (
             c * weight
-            + np.ceil(c / (c_out // groups)) * depth * window * n * batch_size
+            + np.ceil(c / (c_out // groups)) * depth * under * n * batch_size
             + c * h * w * n * batch_size
         )
         source = c_in * h_out * stride * w_out * stride * batch_size
         if gathered:
-            source = n * c_in * _window(side, side, kernel, stride, dilation) * batch_size
+            source = n * c_in * window(side, side, kernel, stride, dilation) * batch_size
         dram = c_out * weight + source + n * c_out * side * side * batch_size
         memory = dram / device.dram_values_per_s + n_tiles * tile / device.l2_values_per_s
         return compute, memory
 
-    axes = _patch_axes(c_out, side, _GATHER_LIMIT)
-    return _search_patches(name, device, -(-h_out // side) * -(-w_out // side), axes, times)
+    axes = patch_axes(c_out, side, GATHER_LIMIT)
+    return search_patches(name, device, -(-h_out // side) * -(-w_out // side), axes, times)
 
 
 @lru_cache(maxsize=_CACHE)
@@ -245,7 +278,7 @@ def search_scatter_add(
             * w
             * q
             / device.macs_per_s_per_pe
-            / _lane(device, c * h * w * batch_size * q)
+            / lane(device, c * h * w * batch_size * q)
             * np.ceil(n / q)
             * batch_size
             * np.ceil(n_tiles / device.n_pe)
@@ -254,15 +287,15 @@ def search_scatter_add(
         tile = 3 * c * h * w * n * batch_size
         memory = (
             dram / device.dram_values_per_s
-            + n_tiles * tile / device.l2_values_per_s / _request(device, w, side - w)
+            + n_tiles * tile / device.l2_values_per_s / request(device, w, side - w)
         )
         return compute, memory
 
     positions = -(-height // side) * -(-width // side)
-    return _search_patches(name, device, positions, _patch_axes(channels, side, positions), times)
+    return search_patches(name, device, positions, patch_axes(channels, side, positions), times)
 
 
-def _search_patches(
+def search_patches(
     name: str, device: Device, positions: int, axes: _Axes, times: Callable[..., _Times]
 ) -> PatchCost:
     """Choose the tiling for the mean count over 1..positions, which need not be an integer.
@@ -282,29 +315,29 @@ def _search_patches(
     )
 
 
-def _grid(*sizes: int) -> tuple[np.ndarray, ...]:
+def grid(*sizes: int) -> tuple[np.ndarray, ...]:
     return tuple(np.meshgrid(*(candidates(n) for n in sizes), indexing="ij", sparse=True))
 
 
-def _patch_axes(channels: int, side: int, patches: int) -> _Axes:
+def patch_axes(channels: int, side: int, patches: int) -> _Axes:
     # Unlike a tile of a map, a tile of a patch does not overhang it.
     sides = tuple(size for size in candidates(side) if size <= side)
     return candidates(channels), sides, sides, candidates(patches)
 
 
-def _window(h: Any, w: Any, kernel: int, stride: int, dilation: int) -> Any:
+def window(h: Any, w: Any, kernel: int, stride: int, dilation: int) -> Any:
     """Input values per channel under an h x w output tile, as the model counts them."""
     halo = (kernel - 1) * dilation
     return (h + halo) * stride * (w + halo) * stride
 
 
-def _lane(device: Device, size: np.ndarray) -> np.ndarray:
+def lane(device: Device, size: np.ndarray) -> np.ndarray:
     """Share of a processing engine's in-flight slots that ``size`` operations fill."""
     slots = device.macs_in_flight_per_lane * device.lanes
     return size / (np.ceil(size / slots) * slots)
 
 
-def _request(device: Device, w: np.ndarray, gap: np.ndarray) -> np.ndarray:
+def request(device: Device, w: np.ndarray, gap: np.ndarray) -> np.ndarray:
     """Useful share of the memory requests for rows of ``w`` values, ``gap`` values apart."""
     wide = device.request_width
     gap = np.maximum(gap, 0)
@@ -312,7 +345,7 @@ def _request(device: Device, w: np.ndarray, gap: np.ndarray) -> np.ndarray:
     return np.where(w > wide, w / (np.ceil(w / wide) * wide), short)
 
 
-def _cheapest(compute: np.ndarray, memory: np.ndarray) -> tuple[float, float]:
+def cheapest(compute: np.ndarray, memory: np.ndarray) -> tuple[float, float]:
     """(compute, memory) of the first tiling of least total."""
     compute, memory = np.broadcast_arrays(compute, memory)
     best = int(np.argmin(compute + memory))
