@@ -140,6 +140,11 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = convolve(out.relu().to(x.dtype), a.weights[2], a.biases[2], 1, 1, 1, 1)
+    return _add_shortcut(x, out, a, size)
+
+
+def _add_shortcut(x: Tensor, out: Tensor, a: _Arguments, size: list[int]) -> Tensor:
+    """What a block returns, from conv3's output at all positions."""
     if a.mask is not None:
         kept = expand(a.mask, "mask", size, a.granularity)
         out = torch.where(kept, out, out.new_zeros(()))
