@@ -15,6 +15,7 @@ is not checked for NaN, which would mean waiting for the GPU: NaN drops the patc
 import torch
 
 from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
+from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mean
 from las_mm.ops.convolution import (
     conv1x1_scatter_add_,
     gather_conv3x3,
@@ -27,6 +28,9 @@ from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
 
 __all__ = [
     "LAYER",
+    "channel_bottleneck",
+    "channel_bottleneck_",
+    "channel_mean",
     "conv1x1_scatter_add_",
     "conv_pool_stem",
     "cpu_isa",

@@ -163,10 +163,20 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = out.relu().to(x.dtype)
-    kept = None if a.mask is None else expand(a.mask, "mask", size, a.granularity)
     if a.excitation is not None:
-        out = _excite(out, kept, a.excitation)
+        out = _excite(out, _kept(a, size), a.excitation)
     out = convolve(out, a.weights[2], a.biases[2], 1, 1, 1, 1)
+    return _add_shortcut(x, out, a, size)
+
+
+def _kept(a: _Arguments, size: list[int]) -> Tensor | None:
+    """Kept outputs, bool (N, 1, H, W); ``None``: all."""
+    return None if a.mask is None else expand(a.mask, "mask", size, a.granularity)
+
+
+def _add_shortcut(x: Tensor, out: Tensor, a: _Arguments, size: list[int]) -> Tensor:
+    """What a block returns, from conv3's output at all positions."""
+    kept = _kept(a, size)
     if kept is not None:
         out = torch.where(kept, out, out.new_zeros(()))
     if len(a.weights) == 3:

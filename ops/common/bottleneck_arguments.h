@@ -35,6 +35,12 @@ struct Shape {
 // Throws ValueError, naming the argument, if something does not fit.
 Shape check(const at::Tensor& x, const Arguments& a);
 
+// The arguments of las_mm::channel_bottleneck that sparse_bottleneck does not have, see
+// las_mm/ops/channels.py.
+void check_channels(const at::Tensor& channel_mask,
+                    const std::optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
+                    const Shape& s);
+
 // The kernels read weights and biases as plain arrays.
 void make_contiguous(Arguments& a);
 

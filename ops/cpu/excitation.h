@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "cpu/workspace.h"
@@ -12,8 +13,10 @@ namespace las_mm::cpu {
 
 class Excitation {
  public:
-  // `weights`: weight and bias of fc1 and of fc2, contiguous float32.
-  explicit Excitation(const std::vector<at::Tensor>& weights);
+  // `weights`: weight and bias of fc1 and of fc2, contiguous float32. `channels`: which of the
+  // channels the rows hold, the others are zero; null: all. `row`: values from row to row.
+  Excitation(const std::vector<at::Tensor>& weights, const std::vector<int32_t>* channels,
+             int64_t row);
 
   // Computes the scales of all images. `rows`: the values at the positions `kept`, which are in
   // order; an image has `outputs` positions.
@@ -25,10 +28,11 @@ class Excitation {
   void excite(T* rows, const Positions& kept, int64_t lo, int64_t hi) const;
 
  private:
-  void scale_image(const float* mean, float* hidden, float* scale) const;
+  void scale_image(float* scale, float* whole, float* hidden) const;
 
   const float* weights_[4];
-  const int64_t channels_, squeezed_;
+  const std::vector<int32_t>* channels_;
+  const int64_t width_, squeezed_, count_, row_;
   int64_t outputs_ = 0;
   float* scales_ = nullptr;  // of all images, in the workspace
 };

@@ -45,6 +45,7 @@ using Positions = std::vector<int32_t>;
 struct Workspace {
   Buffer map, hidden, bias, zeros, bytes, spread, scores;
   Buffer scales;  // of squeeze-and-excitation
+  Buffer selected[3], constant, vectors;  // weights of the channels of one image
   Positions kept, dropped, halo, blank, tiles;
 };
 Workspace& workspace();
