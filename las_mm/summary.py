@@ -180,7 +180,7 @@ class DatasetSummary:
             row(name, str(totals.n_blocks), totals.label, totals.sums, name != "stem")
         table.add_section()
         row("backbone", "", "", np.sum([t.sums for t in self.stages.values()], axis=0), False)
-        console = Console(width=120, force_terminal=False)
+        console = Console(width=140 if channels else 120, force_terminal=False)
         with console.capture() as capture:
             console.print(table)
         return capture.get()

@@ -53,6 +53,7 @@ def test_arguments_of_a_specification():
         channel_reduction=8,
         channel_position="after_act",
     )
+    assert resnet_arguments({**SPEC, "granularity": None}) == resnet_arguments(SPEC)
     assert resnet_arguments(SPEC)["channel_position"] == "before_norm"
 
 
