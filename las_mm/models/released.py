@@ -27,7 +27,8 @@ def resnet_arguments(spec: dict) -> dict:
             channels in the stem), ``granularity`` (S) and, of channel and both,
             ``channel_granularity`` (G), ``channel_masker``, ``channel_masker_layers``,
             ``channel_reduction`` and ``channel_mask_position`` (by default 'before_norm', where
-            the released ResNets have it). Each of them is one value, or one per stage or block.
+            the released ResNets have it). Each of them is one value, or one per stage or block;
+            ``None`` is as good as absent.
 
     Raises:
         ValueError: Another family, or no depth or mode.
@@ -40,7 +41,8 @@ def resnet_arguments(spec: dict) -> dict:
         if key not in spec:
             raise ValueError(f"the specification must name its {key}, got {sorted(spec)}")
     channels = round(_STEM_CHANNELS * spec.get("width", 1))
-    found = {ours: spec[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in spec}
+    given = {theirs: value for theirs, value in spec.items() if value is not None}
+    found = {ours: given[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in given}
     found = {"channel_position": "before_norm", "granularity": 1, **found}
     return dict(
         depth=spec["depth"], stem_channels=channels, base_channels=channels, **_lower(found)
