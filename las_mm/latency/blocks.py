@@ -220,7 +220,9 @@ def fixed_parts(device: Device, block: BlockShape, batch_size: int | None) -> li
     )
 
 
-def channel_masker_parts(device: Device, block: BlockShape, batch_size: int | None) -> list[Report]:
+def channel_masker_parts(
+    device: Device, block: BlockShape, batch_size: int | None
+) -> list[Report]:
     """The channel masker, a report of its operators; empty without one."""
     if not block.has_channels:
         return []

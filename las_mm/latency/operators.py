@@ -347,9 +347,7 @@ def channel_conv_cost(
     images = _batch(device, batch_size)
     sizes = dict(c_in=c_in, c_out=c_out, kernel=kernel, h_out=h_out, w_out=w_out, stride=stride)
     check_sizes(name, **sizes, groups=groups, dilation=dilation, batch_size=images)
-    check_sizes(
-        name, mask_groups=mask.groups, granularity=1 if granularity is None else granularity
-    )
+    check_sizes(name, mask_groups=mask.groups, granularity=1 if granularity is None else granularity)
     _check_groups(name, c_in, c_out, groups)
     common = (stride, groups, dilation)
     if granularity is None:

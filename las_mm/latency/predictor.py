@@ -316,7 +316,9 @@ def channel_surfaces(
         (conv1_s, rest_s), seconds for the whole batch, shape (points, points) of rate and channel
         rate: as of :func:`block_curves`, what no rate changes counted with the rest.
     """
-    found = [block_curves(device, block, rates, batch_size, patches, float(rate)) for rate in rates]
+    found = [
+        block_curves(device, block, rates, batch_size, patches, float(rate)) for rate in rates
+    ]
     conv1 = np.stack([curves[0] for curves in found], axis=-1)
     rest = np.stack([curves[1] + curves[2] for curves in found], axis=-1)
     return conv1, rest

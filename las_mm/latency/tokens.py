@@ -93,7 +93,9 @@ def matmul(
         ValueError: A size is not a positive integer.
     """
     ops.check_sizes(name, count=count, rows=rows, depth=depth, columns=columns)
-    times = search_conv(device, count * depth, count * columns, 1, 1, rows, 1, count, 1, 1, True)
+    times = search_conv(
+        device, count * depth, count * columns, 1, 1, rows, 1, count, 1, 1, True
+    )
     return Report(name, *times, device.launch_s)
 
 
@@ -205,14 +207,7 @@ def transformer_report(
                 "maskers",
                 [
                     ops.static_conv(
-                        device,
-                        shape.dim,
-                        2,
-                        1,
-                        1,
-                        shape.tokens,
-                        batch_size=batch_size,
-                        name="token",
+                        device, shape.dim, 2, 1, 1, shape.tokens, batch_size=batch_size, name="token"
                     ),
                     ops.fully_connected(
                         device, shape.dim, outputs, batch_size=batch_size, name="image"
