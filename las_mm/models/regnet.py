@@ -145,6 +145,13 @@ class LASRegNet(DynamicBackbone, RegNet):
             channel_position=channel_position,
         )
         check_stages(len(stage_blocks), kwargs)
+        for key, default in (("strides", (2, 2, 2, 2)), ("dilations", (1, 1, 1, 1))):
+            values = kwargs.get(key, default)
+            if len(values) != len(stage_blocks):
+                raise ValueError(
+                    f"{key} needs {len(stage_blocks)} values (one per stage of this arch), got "
+                    f"{tuple(values)}"
+                )
         self.freeze_maskers = freeze_maskers
         super().__init__(settings, **kwargs)
         self._register_load_state_dict_pre_hook(_convert_on_load)
