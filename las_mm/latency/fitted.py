@@ -23,6 +23,7 @@ from .shapes import BlockShape
 
 Numbers = Union[float, np.ndarray]
 _BYTES = 4
+_CACHED_BYTES = 16 << 20  # of the input just written that a cache may still hold
 _LARGEST_CORRECTION = 0.5  # of the logarithm; beyond lies what disturbed measurements taught
 _PANEL, _LANES = 64, 16  # output channels that a kernel computes together, and per register
 _TILE_PRODUCTS = 4  # per output, of a Winograd tile
@@ -43,7 +44,10 @@ TERMS: dict[str, Term] = {
     "lists": Term("block", "launch", "fixed"),
     "masker_call": Term("masker", "launch", "fixed"),
     "masker_patches": Term("masker", "compute", "fixed"),
-    "masker_read": Term("masker", "memory", "fixed"),
+    "masker_near": Term("masker", "memory", "fixed"),
+    "masker_far": Term("masker", "memory", "fixed"),
+    "layer_masker_near": Term("masker", "memory", "fixed"),
+    "layer_masker_far": Term("masker", "memory", "fixed"),
     "channel_masker_call": Term("channel_masker", "launch", "fixed"),
     "channel_masker_read": Term("channel_masker", "memory", "fixed"),
     "channel_masker_layers": Term("channel_masker", "compute", "fixed"),
@@ -164,7 +168,11 @@ def quantities(
     if block.decides_positions:
         found["masker_call"] = probes.call_s
         found["masker_patches"] = nanoseconds(decisions)
-        found["masker_read"] = probes.transfer_s(in_bytes, in_bytes)
+        # The part that the block before left in the caches, and the rest.
+        near = min(in_bytes, _CACHED_BYTES)
+        name = "masker" if block.has_patches else "layer_masker"
+        found[name + "_near"] = probes.transfer_s(near, near)
+        found[name + "_far"] = probes.transfer_s(in_bytes - near, 1e12)
     if tiled(block) and tiles:
         odd = block.has_patches and block.granularity % 2 == 1
         each = outputs * _TILE_PRODUCTS * width * product
