@@ -10,7 +10,7 @@ import os
 data_root = (os.environ.get("LAS_MM_CIFAR10") or "data/cifar10").rstrip("/") + "/"
 pretrained = os.environ.get("LAS_MM_PRETRAINED") or "none"
 default_scope = "mmpretrain"
-target = 0.6
+target = 0.7
 width = 32
 model = dict(
     type="ImageClassifier",
