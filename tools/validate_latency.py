@@ -49,6 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--write", type=Path, help="Markdown file with the markers, e.g. docs/latency.md")
     add("--restart", action="store_true", help="forget interrupted measurements")
+    add("--reuse", action="store_true", help="take the blocks' measurements of the last run")
     args = parser.parse_args(argv)
     for option in ("cases", "visits"):
         if getattr(args, option) < 1:
@@ -200,8 +201,13 @@ def run(args: argparse.Namespace) -> None:
                 args.seed,
             )
             record = calibration_path("cpu").with_name("validation.measurements.jsonl")
+            measured = record.with_name("validation.measured.jsonl")
             if args.restart:
                 record.unlink(missing_ok=True)
+            if args.reuse:
+                if not measured.is_file():
+                    raise UserError(f"--reuse: there are no measurements at {measured}")
+                record = measured
             try:
                 blocks = validate_blocks(
                     device,
@@ -212,6 +218,7 @@ def run(args: argparse.Namespace) -> None:
                 )
             except (ValueError, RuntimeError, OSError) as error:
                 raise UserError(str(error)) from error
+            record.replace(measured)
             lines += [*block_table(blocks), ""]
         if "networks" in args.parts:
             networks_task = bar.add_task("networks")
@@ -235,8 +242,6 @@ def run(args: argparse.Namespace) -> None:
         after = rest.split(END)[1]
         new = before + BEGIN + "\n" + "\n".join(lines) + END + after
         write_atomically(args.write, new.encode())
-    if blocks is not None:
-        record.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -279,6 +279,7 @@ def few(monkeypatch):
         return imagined(case)
 
     monkeypatch.setattr(calibrate, "measure_case", take)
+    monkeypatch.setattr(calibrate, "measure_probes", lambda settings: PROBES)
     monkeypatch.setattr(Stopwatch, "undisturbed", lambda self, take: take())
     return cases, count
 
@@ -308,12 +309,15 @@ def test_foreign_and_damaged_records_are_refused(few, tmp_path):
     cases, _ = few
     record, settings = tmp_path / "record.jsonl", Settings(visits=1)
     measure(settings, record, cases=cases)
-    assert len(read_record(record, settings)) == 3
+    known, probes = read_record(record, settings)
+    assert len(known) == 3
+    assert probes == PROBES
     with pytest.raises(ValueError, match="threads 1, now 3.*--restart"):
         read_record(record, Settings(visits=1, threads=3))
     lines = record.read_text().splitlines()
-    record.write_text("\n".join([lines[0], lines[1].replace("seconds", "secs"), *lines[2:]]) + "\n")
-    with pytest.raises(ValueError, match="line 2 is damaged"):
+    lines[2] = lines[2].replace("seconds", "secs")
+    record.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="line 3 is damaged"):
         read_record(record, settings)
     record.write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="is no record of a calibration"):
