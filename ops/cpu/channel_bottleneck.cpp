@@ -37,10 +37,12 @@ void run_channels(const at::Tensor& x, const Arguments& a, const Shape& all,
     const Selection selection(channels.const_data_ptr<bool>() + n * decisions, decisions, s.hidden,
                               a.groups);
     block.plan(kPacking);
-    const bool whole = selection.count() == s.hidden || !block.keeps_any();
-    block.run(whole ? all_channels<T>(a, s, block.use_tiles())
-                    : select_channels<T>(a, s, selection, constants, block.use_tiles()),
-              whole ? s.hidden : selection.count());
+    if (selection.count() == s.hidden || !block.keeps_any()) {
+      return block.run(all_channels<T>(a, s, block.use_tiles()), s.hidden);
+    }
+    SelectedWeights<T> weights(a, s, selection, constants, block.use_tiles());
+    const bool at_once = a.groups > 1 || !block.keeps_few();
+    block.run(weights.gather(at_once), selection.count());
   };
   if (all.images >= free_threads()) {
     parallel_tasks(all.images, run);
