@@ -81,7 +81,7 @@ def make_table(dynamic: Report, static: Report, network: NetworkShape) -> Table:
 
     modes = {}
     for stage, blocks in network.stages().items():
-        labels = (f"{b.mode} S={b.granularity}" if b.mode == "spatial" else b.mode for b in blocks)
+        labels = (block.label for block in blocks)
         modes[f"stage{stage}"] = (str(len(blocks)), ", ".join(dict.fromkeys(labels)))
     for part, whole in zip(dynamic.children, static.children):
         add_row(part.name, *modes.get(part.name, ("", "static")), whole, part)

@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from las_mm import preflight
 from las_mm.benchmark.contest import check_finite, relative_error
 from las_mm.models.activation import find_dynamic_backbones
+from las_mm.models.maskers import is_masker
 from las_mm.preflight import UserError
 from las_mm.registry import MODELS
 
@@ -140,7 +141,9 @@ def randomize(backbone: nn.Module, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for name, module in backbone.named_modules():
-            if isinstance(module, nn.Conv2d) and ".masker." not in name:
+            if is_masker(name):
+                continue
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 residual = name.endswith("3")  # the sum over many blocks must stay bounded
@@ -190,7 +193,7 @@ def make_subject(
     """
     from mmpretrain.models.backbones import ResNet
 
-    weights = {k: v for k, v in dynamic.state_dict().items() if ".masker." not in k}
+    weights = {k: v for k, v in dynamic.state_dict().items() if not is_masker(k)}
     static = MODELS.build({**config, "mode": "static", "init_cfg": None})
     known = inspect.signature(ResNet.__init__).parameters
     # A ResNet that nothing of las_mm can speed up.

@@ -18,7 +18,7 @@ import numpy as np
 from . import operators as ops
 from .device import Device, load_device
 from .report import Report
-from .shapes import BlockShape, NetworkShape, PoolShape
+from .shapes import PREDICTED_MODES, BlockShape, NetworkShape, PoolShape
 from .tiling import PatchCost
 
 # Rates measured as count / positions in float32 are off by this much: without the slack,
@@ -44,9 +44,15 @@ def block_report(
         batch_size: Images per batch. Defaults to the device's.
 
     Raises:
-        ValueError: A rate is not a number in [0, 1], or ``batch_size`` is not positive.
+        ValueError: A rate is not a number in [0, 1], ``batch_size`` is not positive, or the block
+            skips channels, whose latency is not modelled.
     """
     device = load_device(device)
+    if block.mode not in PREDICTED_MODES:
+        raise ValueError(
+            f"{block.name}: the latency model covers the modes {', '.join(PREDICTED_MODES)}, not "
+            f"{block.mode!r}; count FLOPs instead (las_mm.models.flops_report)"
+        )
     rate = _rate("rate", rate)
     rate_dilated = rate if rate_dilated is None else _rate("rate_dilated", rate_dilated)
     if block.mode == "spatial":

@@ -175,7 +175,9 @@ def _recorded(
             "image, or give input_shape and rates, e.g. rates=0.5"
         ) from error
     if bool((activation.rates_channel != 1).any()):
-        raise ValueError("skipping channels has no latency model yet")
+        raise ValueError(
+            f"{type(model).__name__} skips channels, for which there is no latency model"
+        )
     # Straight-through arithmetic may leave a rate a rounding error above 1.
     rates, dilated = (
         values.clamp(0, 1).double().cpu().numpy()

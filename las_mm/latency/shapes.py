@@ -9,7 +9,9 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-MODES = ("static", "spatial", "layer")
+MODES = ("static", "spatial", "channel", "layer", "both")
+PREDICTED_MODES = ("static", "spatial", "layer")  # what the latency model covers
+CHANNEL_MASKERS = ("mlp", "conv_linear")
 _EXPANSION = 4  # a ResNet bottleneck's output channels per inner channel
 _DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -66,9 +68,8 @@ class BlockShape:
     Args:
         name: Name to show.
         stage: Stage that it belongs to, from 1.
-        mode: 'static', 'spatial' or 'layer'.
-        granularity: Side S of a patch, in outputs of the block; 0 for a static block, ignored
-            for a layer block.
+        mode: 'static', 'spatial', 'channel', 'layer' or 'both' (spatial and channel).
+        granularity: Side S of a patch, in outputs of the block; read in spatial and both.
         c_in: Input channels.
         width: Channels between the convolutions.
         c_out: Output channels.
@@ -82,6 +83,11 @@ class BlockShape:
         downsample: Whether the shortcut has a 1x1 convolution. Defaults to False.
         downsample_pool: Whether the shortcut averages ``stride`` x ``stride`` pixels first, so
             that its convolution has stride 1. Defaults to False.
+        channel_granularity: Channels G that share a decision; read in channel and both.
+            Defaults to 1.
+        channel_masker: 'mlp' or 'conv_linear'; read in channel and both. Defaults to 'mlp'.
+        channel_masker_layers: Layers of an 'mlp', 1 or 2. Defaults to 2.
+        channel_reduction: Divisor of the channel masker's hidden channels. Defaults to 16.
 
     Raises:
         ValueError: The mode is unknown, a size is not a positive integer, or sizes do not fit
@@ -103,6 +109,10 @@ class BlockShape:
     dilation: int = 1
     downsample: bool = False
     downsample_pool: bool = False
+    channel_granularity: int = 1
+    channel_masker: str = "mlp"
+    channel_masker_layers: int = 2
+    channel_reduction: int = 16
 
     def __post_init__(self) -> None:
         _check_mode(self.name, self.mode)
@@ -118,8 +128,10 @@ class BlockShape:
             "groups",
             "dilation",
         )
-        if self.mode == "spatial":
+        if self.has_patches:
             _positive(self, "granularity")
+        if self.has_channels:
+            self._check_channels()
         if self.conv1_stride not in (1, self.stride):
             raise ValueError(
                 f"{self.name}: conv1_stride must be 1 or the stride {self.stride}, "
@@ -131,6 +143,60 @@ class BlockShape:
             )
         if self.downsample_pool and not self.downsample:
             raise ValueError(f"{self.name}: downsample_pool=True needs downsample=True")
+
+    def _check_channels(self) -> None:
+        _positive(self, "channel_granularity")
+        if self.width % self.channel_granularity:
+            raise ValueError(
+                f"{self.name}: channel_granularity must divide width={self.width}, "
+                f"got {self.channel_granularity}"
+            )
+        if self.channel_masker not in CHANNEL_MASKERS:
+            raise ValueError(
+                f"{self.name}: channel_masker must be one of {', '.join(CHANNEL_MASKERS)}, "
+                f"got {self.channel_masker!r}"
+            )
+        _positive(self, "channel_masker_layers", "channel_reduction")
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether it decides per patch."""
+        return self.mode in ("spatial", "both")
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether it decides per group of channels."""
+        return self.mode in ("channel", "both")
+
+    @property
+    def decides_positions(self) -> bool:
+        """Whether it may leave out positions: patches, or all of them."""
+        return self.has_patches or self.mode == "layer"
+
+    @property
+    def channel_groups(self) -> int:
+        """Decisions about channels; 0 for a block without."""
+        return self.width // self.channel_granularity if self.has_channels else 0
+
+    @property
+    def channel_hidden(self) -> int:
+        """Channels between the layers of the channel masker; 0 for one layer or no masker."""
+        if not self.has_channels:
+            return 0
+        return channel_hidden(
+            self.channel_masker,
+            self.channel_masker_layers,
+            self.c_in,
+            self.channel_groups,
+            self.channel_reduction,
+        )
+
+    @property
+    def label(self) -> str:
+        """Mode and granularities: 'static', 'spatial S=4', 'channel G=2', 'both S=4 G=2'."""
+        side = f" S={self.granularity}" if self.has_patches else ""
+        group = f" G={self.channel_granularity}" if self.has_channels else ""
+        return f"{self.mode}{side}{group}"
 
     @property
     def h_mid(self) -> int:
@@ -159,7 +225,7 @@ class BlockShape:
 
     @property
     def n_patches(self) -> int:
-        """Patch positions on the block's output; 1 for a layer block, 0 for a static one."""
+        """Patches of the block's output; 1 for a layer block, 0 where no position is left out."""
         return self._positions(self.h_out, self.w_out)
 
     @property
@@ -168,7 +234,7 @@ class BlockShape:
         return self._positions(self.h_mid, self.w_mid)
 
     def _positions(self, height: int, width: int) -> int:
-        if self.mode != "spatial":
+        if not self.has_patches:
             return int(self.mode == "layer")
         return _ceil_div(height, self.granularity) * _ceil_div(width, self.granularity)
 
@@ -214,10 +280,10 @@ class NetworkShape:
         return replace(self, blocks=tuple(replace(b, mode="static") for b in self.blocks))
 
     def with_granularity(self, granularity: Mapping[int, int]) -> NetworkShape:
-        """The same network with another S in the spatial blocks of some stages: {stage: S}."""
+        """The same network with another S in the patches of some stages' blocks: {stage: S}."""
         blocks = (
             replace(b, granularity=granularity[b.stage])
-            if b.mode == "spatial" and b.stage in granularity
+            if b.has_patches and b.stage in granularity
             else b
             for b in self.blocks
         )
@@ -252,6 +318,8 @@ def resnet_shape(
     if not isinstance(base_channels, numbers.Integral) or base_channels < 1:
         raise ValueError(f"base_channels must be a positive integer, got {base_channels!r}")
     modes = (mode,) * 4 if isinstance(mode, str) else tuple(mode)
+    for stage, value in enumerate(modes, 1):
+        _check_mode(f"stage {stage}", value, PREDICTED_MODES)
     for key, values in (("mode", modes), ("granularity", tuple(granularity))):
         if len(values) != 4:
             raise ValueError(f"{key} must have one entry per stage (4), got {values!r}")
@@ -263,7 +331,6 @@ def resnet_shape(
     blocks = []
     c_in = base_channels
     for stage, count in enumerate(_DEPTHS[depth], 1):
-        _check_mode(f"stage {stage}", modes[stage - 1])
         inner = base_channels * 2 ** (stage - 1)
         for i in range(count):
             stride = 2 if i == 0 and stage > 1 else 1
@@ -285,13 +352,28 @@ def resnet_shape(
     return NetworkShape(name, tuple(input_hw), (conv, pool), tuple(blocks))
 
 
+def channel_hidden(kind: str, layers: int, c_in: int, groups: int, reduction: int) -> int:
+    """Channels between the layers of a channel masker, 0 for a single layer.
+
+    Args:
+        kind: 'mlp' or 'conv_linear'.
+        layers: Of an MLP, 1 or 2.
+        c_in: Channels of the block's input.
+        groups: Decisions per image.
+        reduction: What the groups (MLP) or input channels (conv_linear) are divided by.
+    """
+    if kind == "conv_linear":
+        return c_in // reduction
+    return max(groups // reduction, 16) if layers == 2 else 0
+
+
 def _ceil_div(n: int, by: int) -> int:
     return -(-n // by)
 
 
-def _check_mode(name: str, mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"{name}: unknown mode {mode!r}; known modes: {', '.join(MODES)}")
+def _check_mode(name: str, mode: str, known: Sequence[str] = MODES) -> None:
+    if mode not in known:
+        raise ValueError(f"{name}: unknown mode {mode!r}; known modes: {', '.join(known)}")
 
 
 def _check_hw(name: str, value: Sequence[int]) -> None:

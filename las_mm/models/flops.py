@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape, PoolShape
-from las_mm.models.activation import NetworkActivation
+from las_mm.models.activation import NetworkActivation, rate_products
 
 COUNTINGS = ("exact", "released")
 
@@ -28,17 +28,36 @@ def masker_macs(block: BlockShape, counting: str = "exact") -> int:
 
     Args:
         block: The block; a static block has no masker.
-        counting: ``'exact'``: every input value is added once while pooling (none for patches of
-            one input pixel), then 2*C per patch. ``'released'``: what the authors' code counts,
-            4*C per patch.
+        counting: ``'exact'``: what is computed. For positions every input value is added once
+            while pooling (none for patches of one input pixel), then 2*C per patch; for channels
+            the pooling and the products of all layers. ``'released'``: what the authors' code
+            counts, 4*C per patch, and the 1x1 convolution of a ``conv_linear`` masker once
+            instead of per pixel.
     """
-    if block.mode == "static":
+    return _spatial_masker_macs(block, counting) + _channel_masker_macs(block, counting)
+
+
+def _spatial_masker_macs(block: BlockShape, counting: str) -> int:
+    if not block.decides_positions:
         return 0
     if counting == "released":
         return 4 * block.c_in * block.n_patches
     pools = block.mode == "layer" or block.granularity * block.stride > 1
     pooling = block.c_in * block.h_in * block.w_in if pools else 0
     return pooling + 2 * block.c_in * block.n_patches
+
+
+def _channel_masker_macs(block: BlockShape, counting: str) -> int:
+    if not block.has_channels:
+        return 0
+    pixels, hidden, logits = block.h_in * block.w_in, block.channel_hidden, 2 * block.channel_groups
+    if block.channel_masker == "conv_linear":
+        conv = block.c_in * hidden * pixels
+        if counting == "released":
+            conv = block.c_in * block.c_in // block.channel_reduction
+        return conv + hidden * pixels + hidden * logits
+    fully_connected = hidden * (block.c_in + logits) if hidden else block.c_in * logits
+    return block.c_in * pixels + fully_connected
 
 
 @dataclass(frozen=True)
@@ -123,8 +142,11 @@ def flops_report(activation: NetworkActivation, counting: str = "exact") -> Flop
 
     Args:
         activation: Rates of a forward pass.
-        counting: ``'exact'`` divides by the network without maskers; ``'released'`` counts like
-            the authors' code, maskers included in the static count of each block.
+        counting: ``'exact'`` means these products over the images, each with its own rates, and
+            takes the groups of conv2 as they are (:func:`~las_mm.models.activation.work_shares`);
+            it divides by the network without maskers. ``'released'`` counts like the authors'
+            code: products of the batch's mean rates, of which rho^2 is less where images differ,
+            and maskers included in the static count of each block.
     """
     counts = count_macs(activation.shape, counting)
     table = np.stack([counts.conv1, counts.conv2, counts.conv3, counts.masker + counts.downsample])
@@ -132,9 +154,12 @@ def flops_report(activation: NetworkActivation, counting: str = "exact") -> Flop
         table, dtype=torch.float64, device=activation.rates.device
     )
     # Counts beyond 2^24 are not exact in float32.
-    rate, channel = activation.rates.double(), activation.rates_channel.double()
-    blocks = conv1 * activation.rates_dilated.double() * channel
-    blocks = blocks + conv2 * rate * channel**2 + conv3 * rate * channel + fixed
+    if counting == "released":
+        rates = activation.rates, activation.rates_dilated, activation.rates_channel
+        shares = rate_products(*(values.double() for values in rates))
+    else:
+        shares = activation.work().double()
+    blocks = conv1 * shares[0] + conv2 * shares[1] + conv3 * shares[2] + fixed
     static_blocks = blocks.new_tensor(counts.static_blocks)
     if counting == "released":
         static_blocks = static_blocks + blocks.new_tensor(counts.masker)

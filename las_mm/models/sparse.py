@@ -138,6 +138,8 @@ class FastBottleneck:
         Raises:
             Unsupported: The block has a part without a fast form.
         """
+        if block.masker_channel is not None:
+            raise Unsupported("there are no sparse ops for skipping channels")
         folded = _fold_block(block)
         dtype, device_type = folded[0][0].dtype, folded[0][0].device.type
         if not ops.supports(dtype, device_type):
