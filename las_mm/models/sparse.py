@@ -7,6 +7,7 @@ does the work ahead of the first image. Nothing of the training form changes: pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from las_mm import memory, ops
-from las_mm.models.activation import Activation, find_dynamic_backbones
+from las_mm.models.activation import Activation, find_dynamic_backbones, work_shares
 from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
 
 PREPARE_FIRST = (
@@ -115,9 +116,22 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), bias.float()
 
 
+def batchnorm_of_zero(norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """What a BN with running statistics makes of zeros in eval mode, (C,), float32."""
+    shift = -norm.running_mean.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        shift = shift * norm.weight.double()
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return shift.float()
+
+
 @dataclass
 class FastBottleneck:
-    """The packed form of one ``DynamicBottleneck``; see ``ops.sparse_bottleneck``."""
+    """The packed form of one ``DynamicBottleneck``; see ``ops.sparse_bottleneck``.
+
+    One with a channel masker runs ``ops.channel_bottleneck``.
+    """
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -129,6 +143,8 @@ class FastBottleneck:
     groups: int
     one: Tensor
     masker: tuple[nn.Module, Tensor, Tensor] | None  # with its weight and bias, not copied
+    masker_channel: nn.Module | None
+    constants: list[Tensor] | None  # what skipped channels hold; None: zero
     choice: Choice  # the last one made; torch.compile and torch.export keep it
 
     @classmethod
@@ -138,10 +154,10 @@ class FastBottleneck:
         Raises:
             Unsupported: The block has a part without a fast form.
         """
-        if block.masker_channel is not None:
-            raise Unsupported("there are no sparse ops for skipping channels")
         folded = _fold_block(block)
         dtype, device_type = folded[0][0].dtype, folded[0][0].device.type
+        if block.masker_channel is not None and not ops.has_channel_kernels(device_type):
+            raise Unsupported(f"there are no kernels that skip channels on {device_type}")
         if not ops.supports(dtype, device_type):
             raise Unsupported(f"its weights are {dtype}")
         weights = [ops.pack_conv(weight, groups) for weight, _, groups in folded]
@@ -151,11 +167,14 @@ class FastBottleneck:
         plain = (conv2.stride, conv2.dilation, conv2.groups) == ((1, 1), (1, 1), 1)
         if plain and dtype == torch.float32 and ops.has_winograd(device_type):
             winograd = ops.pack_winograd(folded[1][0])
-            if block.mode != "spatial" or block.granularity % 2 == 0:
+            if block.mode not in ("spatial", "both") or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
         del folded
         memory.release_freed()
         masker = block.masker
+        constants = None
+        if block.masker_channel is not None and block.channel_position == "before_norm":
+            constants = [batchnorm_of_zero(norm).relu() for norm in (block.norm1, block.norm2)]
         pools = [] if block.downsample is None else list(block.downsample)[:-2]
         return cls(
             weights=weights,
@@ -168,6 +187,8 @@ class FastBottleneck:
             groups=conv2.groups,
             one=torch.ones((), device=weights[0].device),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
+            masker_channel=block.masker_channel,
+            constants=constants,
             choice=Choice(winograd=winograd is not None),
         )
 
@@ -217,7 +238,7 @@ class FastBottleneck:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
         choice = self.choice if torch.compiler.is_compiling() else self.plan(block, x)
         mask = None
-        granularity = block.granularity if block.mode == "spatial" else ops.LAYER
+        granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
         rate = rate_dilated = self.one
         if self.masker is not None:
             masker, weight, bias = self.masker
@@ -231,9 +252,11 @@ class FastBottleneck:
                 self.dilation,
             )
             rate, rate_dilated = rates.unbind()
+        winograd = self.winograd if choice.winograd else None
+        if self.masker_channel is not None:
+            return self._skip_channels(block, x, mask, rate, rate_dilated, winograd, in_place)
         if not torch.compiler.is_exporting():
             block.activation = Activation(rate, rate_dilated, self.one, mask)
-        winograd = self.winograd if choice.winograd else None
         cost, above = choice.winograd_cost, choice.dense_above
         dense = self.dense if above < 1 else None
         if in_place and len(self.weights) == 3:
@@ -265,6 +288,57 @@ class FastBottleneck:
             dense,
             above,
         )
+
+
+    def _skip_channels(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        mask: Tensor | None,
+        rate: Tensor,
+        rate_dilated: Tensor,
+        winograd: Tensor | None,
+        in_place: bool,
+    ) -> Tensor:
+        """``__call__`` of a block that decides about channels, after what it decides elsewhere."""
+        assert self.masker_channel is not None
+        groups = self.masker_channel(x)
+        if not torch.compiler.is_exporting():
+            self._record_channels(block, x, mask, rate, rate_dilated, groups)
+        granularity = 1 if mask is None else block.granularity
+        cost = self.choice.winograd_cost
+        tensors = (mask, groups.bool(), self.weights, self.biases, self.constants, winograd)
+        if in_place and len(self.weights) == 3:
+            geometry = (granularity, self.dilation, self.groups)
+            return ops.channel_bottleneck_(x, *tensors, *geometry, cost)
+        shortcut = None if self.pool is None else self.pool(x)
+        geometry = (granularity, self.strides, self.dilation, self.groups)
+        return ops.channel_bottleneck(x, *tensors, shortcut, *geometry, cost)
+
+    def _record_channels(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        mask: Tensor | None,
+        rate: Tensor,
+        rate_dilated: Tensor,
+        groups: Tensor,
+    ) -> None:
+        """Leave the activation; rates are means over the images, the shares of work need each."""
+        rates, dilated = rate.expand(len(x)), rate_dilated.expand(len(x))
+        if mask is not None and len(x) > 1:
+            size = [-(-n // self.strides[0]) for n in x.shape[2:]]
+            _, counts = ops.dilate_mask(
+                mask, block.granularity, size, self.strides[1], self.dilation
+            )
+            outputs = [-(-n // self.strides[1]) for n in size]
+            areas = counts.new_tensor([math.prod(outputs), math.prod(size)])
+            rates, dilated = (counts / areas).unbind(1)
+        channels = groups
+        if self.groups > 1:
+            channels = groups.repeat_interleave(block.channel_granularity, dim=1)
+        shares = work_shares(rates, dilated, channels, self.groups)
+        block.activation = Activation(rate, rate_dilated, groups.mean(), mask, groups, shares)
 
 
 def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
