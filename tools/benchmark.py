@@ -129,6 +129,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--whole-model needs --dtype fp32 on --device cpu, got {args.dtype} on {args.device}"
         )
+    if args.device == "cuda" and args.mode in ("channel", "both"):
+        raise UserError(
+            f"--mode {args.mode} needs --device cpu: no kernels skip channels on a GPU yet"
+        )
     args.known.check(args.dtype)
 
 
@@ -308,7 +312,8 @@ def benchmark(args: argparse.Namespace, say) -> dict:
             seed=args.seed,
         ),
     )
-    if args.device == "cuda":  # no floor of a CPU is known
+    known_kernels = not any(block.has_channels for block in shape.blocks)
+    if args.device == "cuda" and known_kernels:  # no floor of a CPU is known
         activations = [point.activation for point in dynamic.points]
         roofline.annotate(result, shape, activations)
     if args.whole_model:

@@ -221,7 +221,7 @@ class FastBottleneck:
         if not choice.winograd and not self.weights[1].numel():
             weight, _, groups = _fold_block(block)[1]
             self.weights[1] = ops.pack_conv(weight, groups)
-        if choice.dense_above < 1 and self.dense is None:
+        if choice.dense_above < 1 and self.dense is None and self.masker_channel is None:
             self.dense = [
                 weight.contiguous(memory_format=torch.channels_last)
                 for weight, _, _ in _fold_block(block)
@@ -288,7 +288,6 @@ class FastBottleneck:
             dense,
             above,
         )
-
 
     def _skip_channels(
         self,
