@@ -106,8 +106,7 @@ class Probes:
 
 def tiled(block: BlockShape) -> bool:
     """Whether conv2 runs as Winograd tiles (float32)."""
-    plain = (block.conv2_stride, block.dilation, block.groups) == (1, 1, 1)
-    return plain and not block.has_channels
+    return (block.conv2_stride, block.dilation, block.groups) == (1, 1, 1) and not block.se_width
 
 
 def quantities(
@@ -175,14 +174,14 @@ def quantities(
         found[name + "_far"] = probes.transfer_s(in_bytes - near, 1e12)
     if tiled(block) and tiles:
         odd = block.has_patches and block.granularity % 2 == 1
-        each = outputs * _TILE_PRODUCTS * width * product
+        each = outputs * _TILE_PRODUCTS * kept * product
         whole = rate * (1 - _ODD_TILE) if odd else rate
-        found["tiles"] = whole * each * padded(width)
-        found["tiles_panels"] = whole * each * panels(width)
-        found["tiles_transforms"] = nanoseconds(outputs * whole * width)
+        found["tiles"] = whole * each * padded(kept)
+        found["tiles_panels"] = whole * each * panels(kept)
+        found["tiles_transforms"] = nanoseconds(outputs * whole * kept)
         if odd:
-            found["cut_tiles"] = dilated * _ODD_TILE * each * padded(width)
-        middle = 16 * width * width
+            found["cut_tiles"] = dilated * _ODD_TILE * each * padded(kept)
+        middle = 16 * kept * kept
     elif groups == 1:
         each = outputs * rate * 9 * kept * product
         found["conv2"] = each * padded(kept)
