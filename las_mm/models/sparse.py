@@ -351,6 +351,8 @@ def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
     conv2 = block.conv2
     pairs = [(block.conv1, block.norm1), (conv2, block.norm2), (block.conv3, block.norm3)]
     if block.downsample is not None:
+        if not isinstance(block.downsample, nn.Sequential) or len(block.downsample) < 2:
+            raise Unsupported("its shortcut is no convolution followed by a norm")
         pairs.append(tuple(block.downsample)[-2:])
     folded = [(*fold(conv, norm), conv.groups) for conv, norm in pairs]
     if conv2.kernel_size != (3, 3) or conv2.padding != conv2.dilation:
