@@ -113,11 +113,11 @@ def block_table(results: BlockResults) -> list[str]:
 def network_table(results: list[NetworkResult]) -> list[str]:
     """Networks, as Markdown."""
     lines = [
-        "| network | input | rate | predicted ms | measured ms | error |",
+        "| network | input | mode, rate | predicted ms | measured ms | error |",
         "|---|---|---|---|---|---|",
     ]
     for r in results:
-        rate = "static" if r.rate is None else f"{r.rate:g}"
+        rate = "static" if r.rate is None else f"{r.mode} {r.rate:g}"
         lines.append(
             f"| ResNet-{r.depth} | {'x'.join(map(str, r.input_shape))} | {rate} | "
             f"{1e3 * r.predicted_s:.1f} | {1e3 * r.measured_s:.1f} | {100 * r.error:+.1f} % |"
@@ -151,9 +151,12 @@ def draw(results: BlockResults, networks: list[NetworkResult], path: Path) -> No
 
     figure, axes = pyplot.subplots(figsize=(6.4, 6.4))
     measured, predicted = 1e3 * results.measured, 1e3 * results.predicted
-    for mode, color in (("static", "tab:gray"), ("spatial", "tab:blue"), ("layer", "tab:orange")):
+    colors = dict(static="gray", spatial="blue", layer="orange", channel="green", both="purple")
+    for mode, color in colors.items():
         chosen = [o.block.mode == mode for o in results.observed]
-        axes.scatter(measured[chosen], predicted[chosen], s=9, color=color, label=f"{mode} blocks")
+        axes.scatter(
+            measured[chosen], predicted[chosen], s=9, color=f"tab:{color}", label=f"{mode} blocks"
+        )
     if networks:
         axes.scatter(
             [1e3 * r.measured_s for r in networks],
