@@ -62,7 +62,7 @@ val_dataloader = dict(
 val_evaluator = dict(type="Accuracy", topk=(1,))
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator
-steps = 500
+steps = 400
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=steps, val_interval=steps)
 val_cfg = dict()
 test_cfg = dict()

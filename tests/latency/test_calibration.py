@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from las_mm import ops
-from las_mm.benchmark.masks import draw_masks
+from las_mm.benchmark.masks import draw_channel_masks, draw_masks
 from las_mm.latency import (
     LatencyTable,
     block_report,
@@ -32,7 +32,7 @@ from las_mm.latency.halo import expected_dilated_rate
 from las_mm.latency.measurement import Measurement, Stopwatch, measure_case
 from las_mm.latency.operators import static_conv
 from las_mm.latency.samples import Case, StemCase, draw_cases, stem_cases
-from las_mm.latency.shapes import BlockShape
+from las_mm.latency.shapes import MODES, BlockShape
 from las_mm.latency.tables import LatencyTables
 
 PROBES = Probes(1e11, 5e10, ((1e4, 4e11), (1e6, 1e11), (1e8, 3e10)), 2e-5)
@@ -55,15 +55,19 @@ def imagined(case: Case | StemCase, noise: np.random.Generator | None = None) ->
         return Measurement((factor * seconds,) * 3)
     rate = case.rate if case.block.decides_positions else 1.0
     dilated = float(expected_dilated_rate(case.block, np.asarray(rate)))
-    seconds = imagined_seconds(case.block, case.batch, rate, dilated)
-    return Measurement((factor * seconds,) * 3, rate, dilated)
+    seconds = imagined_seconds(case.block, case.batch, rate, dilated, case.channel_rate)
+    return Measurement((factor * seconds,) * 3, rate, dilated, case.channel_rate)
 
 
 def observe(cases, noise=None) -> list[Observation]:
     found = []
     for case in cases:
         m = imagined(case, noise)
-        found.append(Observation(case.block, case.batch, m.rate, m.rate_dilated, 1.0, m.seconds[0]))
+        found.append(
+            Observation(
+                case.block, case.batch, m.rate, m.rate_dilated, m.rate_channel, m.seconds[0]
+            )
+        )
     return found
 
 
@@ -246,20 +250,25 @@ def test_drawn_cases_are_the_same_and_new():
     known = {(case.block, case.batch) for case in first}
     others = list(itertools.islice(draw_cases(3, 2e9, known), 50))
     assert not known & {(case.block, case.batch) for case in others}
-    assert {case.block.mode for case in first} == {"static", "spatial", "layer"}
+    assert {case.block.mode for case in first} == set(MODES)
+    assert {case.block.name for case in first} == {"resnet", "regnetx", "regnety"}
     assert max(case.macs for case in first) <= 2e9
 
 
 def test_real_measurements_record_rates():
     stopwatch = Stopwatch()
-    for case in itertools.islice(draw_cases(5, 2e7), 6):
+    for case in itertools.islice(draw_cases(5, 2e7), 12):
         found = stopwatch.undisturbed(
             lambda: measure_case(case, stopwatch, torch.float32, "cpu")  # noqa: B023
         )
         assert len(found.seconds) >= 3
         assert min(found.seconds) > 0
         (mask,) = draw_masks([case.block], case.batch, case.rate, case.masks, case.seed)
-        assert 0 <= found.rate <= found.rate_dilated + 1e-6 <= 1 + 1e-5 or case.block.stride == 2
+        assert 0 <= found.rate <= 1 and 0 <= found.rate_dilated <= 1
+        assert found.rate <= found.rate_dilated + 1e-6 or case.block.stride == 2
+        if case.block.has_channels:
+            (chosen,) = draw_channel_masks([case.block], case.batch, case.channel_rate, case.seed)
+            assert found.rate_channel == pytest.approx(chosen.double().mean().item())
         if case.block.mode == "layer":
             assert found.rate == pytest.approx(mask.double().mean().item())
     found = measure_case(stem_cases()[0], stopwatch, torch.float32, "cpu")
