@@ -16,7 +16,7 @@ from las_mm.benchmark.masks import force_masks
 from las_mm.models import LASResNet
 from las_mm.models.activation import NetworkActivation
 
-from .calibrate import CASES, SEED, Progress, Settings, measure
+from .calibrate import SEED, Progress, Settings, measure
 from .calibrated import CalibratedDevice
 from .fitting import Accuracy, Observation, predicted_s
 from .predictor import network_report
@@ -25,6 +25,7 @@ from .search import search_granularity
 
 _MOST_MACS = 25e9  # of a block: twice what calibrations measure
 _RANGES_MS = (0.0, 1.0, 3.0, 10.0, 30.0, float("inf"))
+_DRAWN = 8800  # cases that count as seen: more than any calibration measures
 _ROUNDS = 9
 NETWORK_INPUTS = ((1, 224, 224), (8, 224, 224), (1, 480, 800), (1, 800, 1344))
 NETWORK_RATES = (0.25, 0.5, 0.75)
@@ -52,7 +53,7 @@ def unseen_cases(count: int, seed: int) -> list[Case | StemCase]:
     """
     if seed == SEED:
         raise ValueError(f"seed {seed} draws the blocks of the calibration; take another one")
-    seen = itertools.islice(draw_cases(SEED, _MOST_MACS), 20 * CASES)
+    seen = itertools.islice(draw_cases(SEED, _MOST_MACS), _DRAWN)
     known = {(case.block, case.batch) for case in seen}
     return list(itertools.islice(draw_cases(seed, _MOST_MACS, known), count))
 
