@@ -32,7 +32,7 @@ from .samples import Case, StemCase, draw_cases, stem_cases
 _RECORD_FORMAT = 1
 _MOST_MACS = 12e9  # of a block
 SEED = 1
-CASES, VISITS = 440, 4
+CASES, VISITS = 400, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[int, int], None]
 

@@ -13,6 +13,7 @@ learned: a Gaussian process on the logarithm of measured over predicted time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Union
@@ -66,9 +67,9 @@ TERMS: dict[str, Term] = {
     "tiles_panels": Term("conv2", "compute", "rate"),
     "tiles_transforms": Term("conv2", "memory", "rate"),
     "cut_tiles": Term("conv2", "compute", "dilated"),
-    "se_call": Term("se", "launch", "fixed"),
+    "se_call": Term("se", "launch", "rate"),
     "se_rows": Term("se", "memory", "rate"),
-    "se_layers": Term("se", "compute", "fixed"),
+    "se_layers": Term("se", "compute", "rate"),
     "conv3": Term("conv3", "compute", "rate"),
     "conv3_panels": Term("conv3", "compute", "rate"),
     "conv3_add": Term("conv3", "memory", "rate"),
@@ -96,6 +97,11 @@ class Probes:
     macs_per_s_one: float
     bandwidth: tuple[tuple[float, float], ...]
     call_s: float
+
+    @property
+    def parallel(self) -> int:
+        """Threads that compute at the same time."""
+        return max(1, round(self.macs_per_s / self.macs_per_s_one))
 
     def transfer_s(self, size: Numbers, working_set: Numbers) -> np.ndarray:
         """Seconds to move ``size`` bytes of data that is ``working_set`` bytes large."""
@@ -139,6 +145,9 @@ def quantities(
     in_bytes, out_bytes = inputs * c_in * _BYTES, outputs * c_out * _BYTES
     hidden_bytes = hidden * kept * _BYTES
     product = 1.0 / probes.macs_per_s
+    if block.has_channels and batch >= probes.parallel:
+        # Every thread takes whole images, whose channels differ: an odd one keeps one thread.
+        product *= math.ceil(batch / probes.parallel) * probes.parallel / batch
 
     def padded(n: float) -> float:
         return -(-n // _LANES) * _LANES
@@ -203,9 +212,9 @@ def quantities(
         copied = batch * (c_in * kept + middle) * _BYTES
         found["gather_weights"] = any_kept * probes.transfer_s(copied, 1e12)
     if block.se_width:
-        found["se_call"] = probes.call_s
+        found["se_call"] = any_kept * probes.call_s
         found["se_rows"] = probes.transfer_s(outputs * rate * kept * _BYTES, out_bytes)
-        found["se_layers"] = 2 * batch * block.se_width * width * product
+        found["se_layers"] = any_kept * 2 * batch * block.se_width * width * product
     found["phases"] = any_kept * probes.call_s
     found["weights"] = any_kept * probes.transfer_s(
         (c_in * width + middle + width * c_out) * _BYTES, 1e12
