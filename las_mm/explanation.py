@@ -24,8 +24,8 @@ class BlockReport:
 
     Attributes:
         name: Name inside the backbone, e.g. ``'layer3.5'``; ``'stem'`` for the first row.
-        mode: ``'static'``, ``'spatial'`` or ``'layer'``; empty for the stem.
-        granularity: S of a spatial block, else ``None``.
+        mode: Of the block, e.g. ``'spatial'``; empty for the stem.
+        granularity: S of a spatial or both block, else ``None``.
         rate: Share of outputs that conv2 and conv3 compute, ``None`` for the stem.
         rate_dilated: Share of outputs that conv1 computes.
         choice: How it ran: ``'winograd'``, ``'direct'``, ``'dense'``, or ``'masked-dense'`` with
@@ -33,6 +33,8 @@ class BlockReport:
         predicted_ms: From the break-even table of this machine, without the masker; ``None`` if
             the block is too small to be in it.
         measured_ms: Median of several runs, with the masker.
+        channel_granularity: G of a channel or both block, else ``None``.
+        rate_channel: Share of channels that it computes, else ``None``.
     """
 
     name: str
@@ -43,6 +45,8 @@ class BlockReport:
     choice: str
     predicted_ms: float | None
     measured_ms: float
+    channel_granularity: int | None = None
+    rate_channel: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,25 +64,30 @@ class Explanation:
     def table(self) -> Table:
         """The rows as a rich table."""
         table = Table(title=self.title)
-        for column in ("block", "mode", "S", "rate", "conv1 rate", "runs", "predicted ms", "ms"):
+        channels = any(block.channel_granularity is not None for block in self.blocks)
+        columns = ("block", "mode", "S", "rate", "conv1 rate")
+        columns += ("G", "channels") if channels else ()
+        for column in (*columns, "runs", "predicted ms", "ms"):
             table.add_column(column, justify="left" if column in ("block", "runs") else "right")
 
-        def show(value: float | None, digits: int) -> str:
+        def show(value: float | None, digits: int = 0) -> str:
             return "" if value is None else f"{value:.{digits}f}"
 
         for b in self.blocks:
+            channel = (show(b.channel_granularity), show(b.rate_channel, 3)) if channels else ()
             table.add_row(
                 b.name,
                 b.mode,
-                "" if b.granularity is None else str(b.granularity),
+                show(b.granularity),
                 show(b.rate, 3),
                 show(b.rate_dilated, 3),
+                *channel,
                 b.choice,
                 show(b.predicted_ms, 2),
                 show(b.measured_ms, 2),
             )
         table.add_section()
-        table.add_row("total", "", "", "", "", "", "", show(self.measured_ms, 2))
+        table.add_row("total", *[""] * (len(table.columns) - 2), show(self.measured_ms, 2))
         return table
 
     def __str__(self) -> str:
@@ -170,25 +179,28 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
     for block, geometry in zip(backbone.blocks(), shape.blocks):
         if block not in seconds:  # inside a stage with hooks
             continue
-        rate = float(block.activation.rate)
+        activation = block.activation
+        rate = float(activation.rate)
         x = image.new_empty((image.shape[0], block.in_channels, geometry.h_in, geometry.w_in))
         choice, predicted = _choice(block, x, rate)
         rows.append(
             BlockReport(
                 name=names[block],
                 mode=block.mode,
-                granularity=block.granularity if block.mode == "spatial" else None,
+                granularity=geometry.granularity if geometry.has_patches else None,
                 rate=rate,
-                rate_dilated=float(block.activation.rate_dilated),
+                rate_dilated=float(activation.rate_dilated),
                 choice=choice,
                 predicted_ms=None if predicted is None else 1e3 * predicted,
                 measured_ms=measured(block),
+                channel_granularity=(
+                    geometry.channel_granularity if geometry.has_channels else None
+                ),
+                rate_channel=float(activation.rate_channel) if geometry.has_channels else None,
             )
         )
     size = "x".join(map(str, image.shape))
-    title = (
-        f"{type(backbone).__name__}-{backbone.depth} on {size}, {torch.get_num_threads()} threads"
-    )
+    title = f"{shape.name} on {size}, {torch.get_num_threads()} threads"
     explanation = Explanation(title, tuple(rows))
     if not quiet:
         Console().print(explanation.table())

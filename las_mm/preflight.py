@@ -187,6 +187,8 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
     Raises:
         UserError: They cannot or are not; the message names LAS_MM_PRETRAINED and ``none``.
     """
+    from las_mm.models.maskers import is_masker
+
     way_out = "set LAS_MM_PRETRAINED to a checkpoint file or URL, or to none to start from scratch"
     init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
     for entry in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]:
@@ -212,7 +214,7 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
         own = {
             key: value
             for key, value in model.backbone.state_dict().items()
-            if ".masker." not in key and not key.endswith("num_batches_tracked")
+            if not is_masker(key) and not key.endswith("num_batches_tracked")
         }
         missing = [key for key in own if prefix + key not in weights]
         shapes = [

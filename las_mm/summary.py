@@ -15,17 +15,15 @@ from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import count_macs, flops_report
 
 
-def _block_label(mode: str, granularity: int) -> str:
-    return f"spatial S={granularity}" if mode == "spatial" else mode
-
-
 @dataclass
 class StageTotals:
     """Sums over images of one stage: weights of the means printed at the end."""
 
     label: str = ""
     n_blocks: int = 0
-    sums: np.ndarray = field(default_factory=lambda: np.zeros(6))
+    positional: int = 0  # blocks that may leave out positions
+    channelwise: int = 0  # blocks that may leave out channels
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(len(DatasetSummary.COLUMNS)))
 
 
 class DatasetSummary:
@@ -34,7 +32,15 @@ class DatasetSummary:
     Ratios are ratios of sums over all images, so images of different size count by their cost.
     """
 
-    COLUMNS = ("rate", "rate_dilated", "macs", "static_macs", "seconds", "static_seconds")
+    COLUMNS = (
+        "rate",
+        "rate_dilated",
+        "macs",
+        "static_macs",
+        "seconds",
+        "static_seconds",
+        "rate_channel",
+    )
 
     def __init__(self) -> None:
         self.images = 0
@@ -62,12 +68,13 @@ class DatasetSummary:
         block_macs = report.block_ratios.cpu().numpy() * counts.static_blocks
         rates = activation.rates.detach().cpu().numpy()
         dilated = activation.rates_dilated.detach().cpu().numpy()
-        stem = [1.0, 1.0, counts.stem, counts.stem, stem_s, stem_s]
-        self._add("stem", "static", 1, np.array(stem), images)
+        channel = activation.rates_channel.detach().cpu().numpy()
+        stem = [1.0, 1.0, counts.stem, counts.stem, stem_s, stem_s, 1.0]
+        self._add("stem", StageTotals("static", 1), np.array(stem), images)
         for stage in sorted({block.stage for block in activation.shape.blocks}):
             index = [i for i, block in enumerate(activation.shape.blocks) if block.stage == stage]
             blocks = [activation.shape.blocks[i] for i in index]
-            labels = dict.fromkeys(_block_label(b.mode, b.granularity) for b in blocks)
+            labels = dict.fromkeys(block.label for block in blocks)
             sums = [
                 rates[index].mean(),
                 dilated[index].mean(),
@@ -75,12 +82,19 @@ class DatasetSummary:
                 counts.static_blocks[index].sum(),
                 prediction.block_s[index].sum(),
                 static_block_s[index].sum(),
+                channel[index].mean(),
             ]
-            self._add(f"stage {stage}", ", ".join(labels), len(index), np.array(sums), images)
+            totals = StageTotals(
+                ", ".join(labels),
+                len(index),
+                positional=sum(block.decides_positions for block in blocks),
+                channelwise=sum(block.has_channels for block in blocks),
+            )
+            self._add(f"stage {stage}", totals, np.array(sums), images)
         self.images += images
 
-    def _add(self, name: str, label: str, n_blocks: int, values: np.ndarray, images: int) -> None:
-        totals = self.stages.setdefault(name, StageTotals(label, n_blocks))
+    def _add(self, name: str, empty: StageTotals, values: np.ndarray, images: int) -> None:
+        totals = self.stages.setdefault(name, empty)
         totals.sums = totals.sums + values * images
 
     def reduce(self) -> None:
@@ -96,14 +110,15 @@ class DatasetSummary:
             totals.sums = sums
 
     def metrics(self) -> dict[str, float]:
-        """Means over the images: rates, FLOPs ratio, predicted latency in milliseconds."""
+        """Means over the images: rates, FLOPs ratio, predicted latency in milliseconds.
+
+        The overall rates are of the blocks that may leave out positions, or channels; there are
+        channel rates only where blocks do.
+        """
         sums = np.sum([totals.sums for totals in self.stages.values()], axis=0)
-        dynamic = [t for n, t in self.stages.items() if n != "stem" and t.label != "static"]
-        blocks = sum(t.n_blocks for t in dynamic)
-        mean_rate = sum(t.sums[0] * t.n_blocks for t in dynamic) / blocks if dynamic else 1.0
         metrics = {
             "flops_ratio": sums[2] / sums[3],
-            "activation_rate": mean_rate / self.images if dynamic else 1.0,
+            "activation_rate": self._mean_rate(0, [t.positional for t in self.stages.values()]),
             "latency_ms": 1e3 * sums[4] / self.images,
             "static_latency_ms": 1e3 * sums[5] / self.images,
             "latency_ratio": sums[4] / sums[5],
@@ -112,19 +127,43 @@ class DatasetSummary:
             if name != "stem":
                 key = f"activation_rate_{name.replace(' ', '')}"
                 metrics[key] = totals.sums[0] / self.images
+        if self.has_channels:
+            blocks = [t.channelwise for t in self.stages.values()]
+            metrics["channel_rate"] = self._mean_rate(6, blocks)
+            for name, totals in self.stages.items():
+                if totals.channelwise:
+                    metrics[f"channel_rate_{name.replace(' ', '')}"] = totals.sums[6] / self.images
         return {key: float(value) for key, value in metrics.items()}
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether any block may leave out channels."""
+        return any(totals.channelwise for totals in self.stages.values())
+
+    def _mean_rate(self, column: int, blocks: list[int]) -> float:
+        """Mean over ``blocks`` of each stage; the others of a stage are known to have rate 1."""
+        if not sum(blocks):
+            return 1.0
+        total = 0.0
+        for totals, count in zip(self.stages.values(), blocks):
+            others = totals.n_blocks - count
+            total += totals.n_blocks * totals.sums[column] / self.images - others if count else 0.0
+        return total / sum(blocks)
 
     def table(self, device: str) -> str:
         """A table for people: one row per stage, milliseconds per image."""
         table = Table(title=f"{self.images} images, latency predicted for {device}, per image")
         for column in ("", "blocks", "mode"):
             table.add_column(column)
-        for column in ("rate", "conv1 rate", "GMACs", "FLOPs ratio", "ms", "static ms", "ratio"):
+        channels = ("channels",) if self.has_channels else ()
+        columns = ("GMACs", "FLOPs ratio", "ms", "static ms", "ratio")
+        for column in ("rate", "conv1 rate", *channels, *columns):
             table.add_column(column, justify="right")
 
         def row(name: str, blocks: str, label: str, sums: np.ndarray, with_rates: bool) -> None:
             mean = sums / self.images
-            rates = [f"{mean[0]:.3f}", f"{mean[1]:.3f}"] if with_rates else ["", ""]
+            shown = mean[[0, 1, 6]] if channels else mean[:2]
+            rates = [f"{rate:.3f}" if with_rates else "" for rate in shown]
             table.add_row(
                 name,
                 blocks,
@@ -141,7 +180,7 @@ class DatasetSummary:
             row(name, str(totals.n_blocks), totals.label, totals.sums, name != "stem")
         table.add_section()
         row("backbone", "", "", np.sum([t.sums for t in self.stages.values()], axis=0), False)
-        console = Console(width=120, force_terminal=False)
+        console = Console(width=140 if channels else 120, force_terminal=False)
         with console.capture() as capture:
             console.print(table)
         return capture.get()

@@ -10,9 +10,9 @@ import numpy as np
 
 from las_mm.dependencies import MissingDependencyError
 from las_mm.fileio import write_atomically
-from las_mm.models.activation import NetworkActivation
+from las_mm.models.activation import NetworkActivation, rate_products, work_shares
 from las_mm.models.flops import flops_report
-from las_mm.models.maskers import dilate_mask, expand_mask
+from las_mm.models.maskers import dilate_mask, expand_channels, expand_mask
 from las_mm.painting import draw_box, paint_predictions
 
 COLORMAP = "viridis"
@@ -36,11 +36,13 @@ def require_matplotlib() -> None:
 def computed_share(
     activation: NetworkActivation, image_index: int, stage: int | None = None
 ) -> np.ndarray:
-    """Which share of the blocks computed at each pixel of the network's input.
+    """Which share of the blocks, and of their channels, computed at each pixel of the input.
 
     Every block with a mask counts alike, whatever it costs, so that the mean of the map is the
-    mean activation rate (but for ragged edges). A patch covers S x S outputs, each as many input
-    pixels wide as the strides up to the block multiply to.
+    mean activation rate (but for ragged edges) where no block skips channels. A patch covers S x S
+    outputs, each as many input pixels wide as the strides up to the block multiply to. A block
+    that skips channels counts by the share of channels that it computed for the image, in a patch
+    that it kept or, without patches, everywhere.
 
     Args:
         activation: What the network did, of a batch.
@@ -63,20 +65,26 @@ def computed_share(
     total = np.zeros((height, width), np.float32)
     count = 0
     stride = int(np.prod([layer.stride for layer in shape.stem]))
-    for block, mask in zip(shape.blocks, activation.masks):
+    channel_masks = activation.masks_channel or (None,) * len(shape.blocks)
+    for block, mask, channels in zip(shape.blocks, activation.masks, channel_masks):
         stride *= block.stride
-        if mask is None or stage not in (None, block.stage):
+        if (mask is None and channels is None) or stage not in (None, block.stage):
             continue
-        if not 0 <= image_index < len(mask):
+        batch = len(channels if mask is None else mask)
+        if not 0 <= image_index < batch:
             raise IndexError(
-                f"image_index must be from 0 to {len(mask) - 1} for this batch, got {image_index}"
+                f"image_index must be from 0 to {batch - 1} for this batch, got {image_index}"
             )
-        coarse = mask[image_index, 0].detach().float().cpu().numpy()
-        if block.mode == "layer":
-            total += coarse.item()
+        share = 1.0 if channels is None else channels[image_index].float().mean().item()
+        if mask is None:
+            total += share
         else:
-            patch = block.granularity * stride
-            total += coarse.repeat(patch, axis=0).repeat(patch, axis=1)[:height, :width]
+            coarse = mask[image_index, 0].detach().float().cpu().numpy() * np.float32(share)
+            if block.mode == "layer":
+                total += coarse.item()
+            else:
+                patch = block.granularity * stride
+                total += coarse.repeat(patch, axis=0).repeat(patch, axis=1)[:height, :width]
         count += 1
     return total / np.float32(count) if count else np.ones_like(total)
 
@@ -84,14 +92,19 @@ def computed_share(
 def image_activation(activation: NetworkActivation, image_index: int) -> NetworkActivation:
     """The record of one image of a batch, its rates counted again from its masks.
 
-    A block without a mask and the channel rates keep the batch's figures.
+    A block without a mask keeps the batch's figures.
 
     Args:
         activation: What the network did, of a batch.
         image_index: Image of the batch, from 0.
     """
     rates, dilated = activation.rates.clone(), activation.rates_dilated.clone()
-    masks = list(activation.masks)
+    channel = activation.rates_channel.clone()
+    masks, channel_masks = list(activation.masks), list(activation.masks_channel)
+    for i, mask in enumerate(channel_masks):
+        if mask is not None:
+            channel_masks[i] = mask[image_index : image_index + 1]
+            channel[i] = channel_masks[i].float().mean()
     for i, (block, mask) in enumerate(zip(activation.shape.blocks, masks)):
         if mask is None:
             continue
@@ -102,7 +115,22 @@ def image_activation(activation: NetworkActivation, image_index: int) -> Network
             rates[i] = dense.mean()
             conv1_hw = (block.h_mid, block.w_mid)
             dilated[i] = dilate_mask(dense, conv1_hw, block.conv2_stride, block.dilation).mean()
-    return replace(activation, rates=rates, rates_dilated=dilated, masks=tuple(masks))
+    shares = rate_products(rates, dilated, channel)
+    for i, mask in enumerate(channel_masks):
+        if mask is not None:
+            block = activation.shape.blocks[i]
+            channels = expand_channels(mask.float(), block.channel_granularity).flatten(1)
+            own_rates = rates[i : i + 1], dilated[i : i + 1]
+            shares[:, i] = work_shares(*own_rates, channels, block.groups)
+    return replace(
+        activation,
+        rates=rates,
+        rates_dilated=dilated,
+        rates_channel=channel,
+        masks=tuple(masks),
+        masks_channel=tuple(channel_masks),
+        shares=shares,
+    )
 
 
 def unpad(
@@ -173,17 +201,24 @@ def draw_masks(
     stages = own.stage_rates()
     sheet = _Sheet(image, own, metainfo, columns=len(stages))
     ratio = flops_report(own).ratio.item()
-    figures = f"activation rate {own.mean_rate.item():.0%}   backbone FLOPs {ratio:.0%} of static"
+    figures = f"backbone FLOPs {ratio:.0%} of static"
+    if own.channelwise:
+        figures = f"channel rate {own.mean_rate_channel.item():.0%}   {figures}"
+    if own.positional or not own.channelwise:
+        figures = f"activation rate {own.mean_rate.item():.0%}   {figures}"
     sheet.heading(f"{title}   {figures}" if title else figures)
 
     painted, text, instances = paint_predictions(image, data_sample, dataset_meta or {}, score_thr)
     axis = sheet.picture(sheet.place(1, 0), text, painted)
     for box, label, color in instances:
         draw_box(axis, box, label, color, sheet.window)
-    sheet.heat_map(sheet.place(1, 1), "share of the dynamic blocks that computed here", None)
+    what = "share of the dynamic blocks that computed here"
+    if own.channelwise:
+        what = "share of the dynamic blocks' channels that computed here"
+    sheet.heat_map(sheet.place(1, 1), what, None)
     sheet.color_bar()
-    for column, (stage, rate) in enumerate(stages.items()):
-        text = f"stage {stage}   {_stage_label(own, stage)}   {rate.item():.0%}"
+    for column, stage in enumerate(stages):
+        text = f"stage {stage}   {_stage_label(own, stage)}   {_stage_figures(own, stage)}"
         sheet.heat_map(sheet.place(2, column), text, stage)
     return sheet.rgb()
 
@@ -291,9 +326,21 @@ def write_png(path: str | Path, picture: np.ndarray) -> None:
 
 
 def _stage_label(activation: NetworkActivation, stage: int) -> str:
-    """What a stage's blocks are: "S=4", "S=4-2-2", "layer", "static"."""
-    blocks = [block for block in activation.shape.blocks if block.stage == stage]
-    labels = [str(b.granularity) if b.mode == "spatial" else b.mode for b in blocks]
+    """What a stage's blocks are: "S=4", "S=4-2-2", "layer", "static", "channel G=2"."""
+    blocks = activation.shape.stages()[stage]
+    labels = [str(b.granularity) if b.mode == "spatial" else b.label for b in blocks]
     if len(set(labels)) == 1:
         labels = labels[:1]
     return ("S=" if blocks[0].mode == "spatial" else "") + "-".join(labels)
+
+
+def _stage_figures(activation: NetworkActivation, stage: int) -> str:
+    """Its rates: "45%", "channels 45%", "45%, channels 50%"."""
+    blocks = activation.shape.stages()[stage]
+    channels = any(block.has_channels for block in blocks)
+    figures = []
+    if any(block.decides_positions for block in blocks) or not channels:
+        figures.append(f"{activation.stage_rates()[stage].item():.0%}")
+    if channels:
+        figures.append(f"channels {activation.stage_rates_channel()[stage].item():.0%}")
+    return ", ".join(figures)

@@ -47,6 +47,18 @@ def test_block_without_fast_form_says_why():
     assert explanation.blocks[1].choice.startswith("masked-dense")
 
 
+def test_channel_rates_are_shown():
+    torch.manual_seed(0)
+    mode = ("both", "channel", "static", "static")
+    net = LASResNet(50, base_channels=8, stem_channels=8, mode=mode, granularity=2)
+    explanation = las_mm.explain(net, torch.randn(3, 64, 64), quiet=True)
+    both, channel, static = (explanation.blocks[i] for i in (1, 4, 8))
+    assert (both.granularity, both.channel_granularity, both.rate_channel) == (2, 2, 1.0)
+    assert (channel.granularity, channel.channel_granularity) == (None, 2)
+    assert (static.channel_granularity, static.rate_channel) == (None, None)
+    assert "channels" in str(explanation)
+
+
 def test_quiet(model, capsys):
     las_mm.explain(model, torch.randn(1, 3, 32, 32), quiet=True)
     assert capsys.readouterr().out == ""

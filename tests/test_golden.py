@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from las_mm.latency import BlockShape, block_report
+from las_mm.latency.shapes import PREDICTED_MODES
 from las_mm.models import LASResNet, collect_activations, flops_report
-from las_mm.models.bottleneck import MODES
-from las_mm.models.released import convert_lasnet_resnet
+from las_mm.models.released import convert_resnet, resnet_arguments
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "golden"
 GOLDEN = Path(os.environ.get("LAS_MM_GOLDEN", DEFAULT))
@@ -46,7 +46,7 @@ def models() -> list:
 @pytest.mark.parametrize("row", simulator_rows())
 def test_simulator(row: dict) -> None:
     mode = row["mode"]
-    if mode not in MODES:
+    if mode not in PREDICTED_MODES:
         pytest.skip(f"mode {mode!r} of this reference is not built yet")
     block = BlockShape(
         name="golden",
@@ -67,19 +67,9 @@ def test_simulator(row: dict) -> None:
 
 
 def build(spec: dict) -> LASResNet:
-    family, mode = spec["family"], spec["mode"]
-    modes = mode if isinstance(mode, list) else [mode]
-    if family != "resnet" or any(entry not in MODES for entry in modes):
-        pytest.skip(f"{family} with mode {mode!r} is not built yet")
-    channels = round(64 * spec["width"])
-    return LASResNet(
-        spec["depth"],
-        mode=mode,
-        granularity=spec["granularity"] if "spatial" in modes else 1,
-        stem_channels=channels,
-        base_channels=channels,
-        out_indices=(0, 1, 2, 3),
-    ).eval()
+    if spec["family"] != "resnet":
+        pytest.skip(f"{spec['family']} is not built yet")
+    return LASResNet(**resnet_arguments(spec), out_indices=(0, 1, 2, 3)).eval()
 
 
 def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
@@ -95,7 +85,7 @@ def test_model(path: Path) -> None:
     spec = reference["spec"]
     net = build(spec)
     weights = torch.load(path.with_suffix(".pth"), weights_only=True)["state_dict"]
-    weights = convert_lasnet_resnet(weights)
+    weights = convert_resnet(weights)
     classifier = {key: weights.pop(key) for key in ("fc.weight", "fc.bias")}
     net.load_state_dict(weights, strict=True)
 
@@ -112,6 +102,10 @@ def test_model(path: Path) -> None:
     for key, ours in dict(
         rate=activation.rates,
         rate_dilated=activation.rates_dilated,
+        rate_conv3=activation.rates,
+        rate_conv2=activation.rates,
+        rate_conv1=activation.rates_dilated,
+        rate_channel=activation.rates_channel,
         flops_perc=flops_report(activation, counting="released").block_ratios,
     ).items():
         if key in reference:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from las_mm import summary as summary_module
-from las_mm.latency import LatencyTable, network_report, resnet_shape
+from las_mm.latency import LatencyTable, Prediction, network_report, resnet_shape
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import flops_report
 from las_mm.summary import DatasetSummary
@@ -73,6 +75,25 @@ def test_rates_are_means_over_images(summary, records):
     expected = np.average(dynamic, weights=[2, 1, 1])
     assert metrics["activation_rate"] == pytest.approx(expected)
     assert metrics["activation_rate_stage1"] == 1.0
+
+
+def test_channel_rates():
+    activation = record(0)
+    channel = torch.where(torch.arange(16) < 7, 0.5, 1.0)
+    shape = replace(
+        activation.shape,
+        blocks=tuple(
+            replace(block, mode="both" if i < 7 else block.mode, granularity=1)
+            for i, block in enumerate(activation.shape.blocks)
+        ),
+    )
+    activation = replace(activation, shape=shape, rates_channel=channel)
+    summary = DatasetSummary()
+    summary.add(activation, Prediction(1.0, 2.0, np.ones(16)), np.ones(16), 0.0, 3)
+    metrics = summary.metrics()
+    assert metrics["channel_rate"] == metrics["channel_rate_stage1"] == pytest.approx(0.5)
+    assert "channel_rate_stage3" not in metrics
+    assert "channels" in summary.table(DEVICE) and "both S=1 G=1" in summary.table(DEVICE)
 
 
 def test_latency_is_the_predictors(summary, records):

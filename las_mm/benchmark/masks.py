@@ -82,6 +82,9 @@ def draw_masks(
 
     Returns:
         Per block a bool mask, (N, 1, h, w) or (N, 1, 1, 1), or ``None`` for a static block.
+
+    Raises:
+        ValueError: A block skips channels.
     """
     generator = torch.Generator().manual_seed(seed)
     n_layer = sum(shape.mode == "layer" for shape in shapes)
@@ -92,6 +95,11 @@ def draw_masks(
             masks.append(None)
         elif shape.mode == "layer":
             masks.append(next(decisions).view(batch, 1, 1, 1))
+        elif shape.has_channels:
+            raise ValueError(
+                f"synthetic masks are for static, spatial and layer blocks, {shape.name} is "
+                f"{shape.label}"
+            )
         else:
             grid = (-(-shape.h_out // shape.granularity), -(-shape.w_out // shape.granularity))
             masks.append(spatial_mask(batch, grid, rate, kind, generator))

@@ -191,7 +191,12 @@ def block_kernels(
         precision: A key of :data:`BYTES`.
         rate: Share of the outputs that are kept.
         halo: Share of conv1's outputs that conv2 reads for them.
+
+    Raises:
+        ValueError: The block skips channels.
     """
+    if block.has_channels:
+        raise ValueError(f"there are no kernels that skip channels, {block.name} is {block.label}")
     size, stage = BYTES[precision], block.stage
     if block.mode == "static":
         rate = halo = 1.0

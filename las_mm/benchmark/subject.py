@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from las_mm import preflight
 from las_mm.benchmark.contest import check_finite, relative_error
 from las_mm.models.activation import find_dynamic_backbones
+from las_mm.models.maskers import is_masker
 from las_mm.preflight import UserError
 from las_mm.registry import MODELS
 
@@ -106,8 +106,8 @@ class Subject:
 
     Attributes:
         dynamic: The dynamic backbone, in ``dtype`` on ``device``.
-        static: The same weights as a static ``LASResNet``, in ``dtype`` on ``device``.
-        twin: The same weights as mmpretrain's ``ResNet`` with folded norms, float32 on the CPU.
+        static: The same weights as a static network of the same class, in ``dtype`` on ``device``.
+        twin: The same weights as mmpretrain's network with folded norms, float32 on the CPU.
         expected: The outputs of ``twin``.
         x: The input, float32 on the CPU, (N, 3, H, W).
         dtype: A key of :data:`DTYPES`.
@@ -140,7 +140,9 @@ def randomize(backbone: nn.Module, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for name, module in backbone.named_modules():
-            if isinstance(module, nn.Conv2d) and ".masker." not in name:
+            if is_masker(name):
+                continue
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 residual = name.endswith("3")  # the sum over many blocks must stay bounded
@@ -181,20 +183,18 @@ def make_subject(
     """Build the static forms of a dynamic backbone from its own weights.
 
     Args:
-        dynamic: The backbone, a ``LASResNet`` on the CPU; it is moved to ``device`` and ``dtype``.
+        dynamic: The backbone, on the CPU; it is moved to ``device`` and ``dtype``.
         config: What it was built from.
         x, dtype, threads, work_dir, device: See :class:`Subject`.
 
     Raises:
         UserError: Folding the norms changes the outputs, or they are not finite.
     """
-    from mmpretrain.models.backbones import ResNet
+    from las_mm.benchmark.twins import plain_twin
 
-    weights = {k: v for k, v in dynamic.state_dict().items() if ".masker." not in k}
+    weights = {k: v for k, v in dynamic.state_dict().items() if not is_masker(k)}
     static = MODELS.build({**config, "mode": "static", "init_cfg": None})
-    known = inspect.signature(ResNet.__init__).parameters
-    # A ResNet that nothing of las_mm can speed up.
-    twin = ResNet(**{key: config[key] for key in config if key in known})
+    twin = plain_twin(dynamic, config)
     for model in (static, twin):
         model.load_state_dict(weights)
         model.eval()

@@ -18,9 +18,10 @@ class BudgetHook(Hook):
 
     A forward hook on the model does it, so the model's class is untouched, and the term is part
     of the wrapped forward: DDP sees it, autocast and gradient accumulation treat it like any
-    other loss. Also logged: ``flops_ratio``, ``activation_rate``,
-    ``activation_rate_stage1`` ... (keys without "loss" are not summed), and ``latency_ratio``
-    where the loss has ``metric='latency'``. mmpretrain's classifiers
+    other loss. Also logged: ``flops_ratio``, ``activation_rate`` (of positions),
+    ``activation_rate_stage1`` ..., where blocks skip channels ``channel_rate`` and
+    ``channel_rate_stage1`` ... (keys without "loss" are not summed), and ``latency_ratio`` where
+    the loss has ``metric='latency'``. mmpretrain's classifiers
     call their own term ``loss``, which hides the total in the log; it is optimised all the same.
 
     Args:
@@ -67,7 +68,8 @@ class BudgetHook(Hook):
         if not find_dynamic_backbone(model).maskers():
             raise ValueError(
                 "every stage of the backbone is static, so BudgetHook has nothing to hold to a "
-                "budget: set mode of the backbone to 'spatial' or 'layer', or remove the hook"
+                "budget: set mode of the backbone to 'spatial', 'channel', 'both' or 'layer', or "
+                "remove the hook"
             )
         self.remove()
         self._handle = model.register_forward_hook(self._add_losses, with_kwargs=True)
@@ -99,4 +101,8 @@ class BudgetHook(Hook):
             losses["loss_budget"] = self.loss(activation, self._progress, flops)
         for stage, rate in activation.stage_rates().items():
             losses[f"activation_rate_stage{stage}"] = rate.detach()
+        if activation.channelwise:
+            losses["channel_rate"] = activation.mean_rate_channel.detach()
+            for stage, rate in activation.stage_rates_channel().items():
+                losses[f"channel_rate_stage{stage}"] = rate.detach()
         return losses

@@ -13,12 +13,15 @@ from las_mm.models.activation import (  # noqa: E402
 )
 from las_mm.models.bottleneck import DynamicBottleneck  # noqa: E402
 from las_mm.models.flops import flops_report  # noqa: E402
-from las_mm.models.maskers import SpatialMasker  # noqa: E402
+from las_mm.models.maskers import ChannelMasker, SpatialMasker  # noqa: E402
+from las_mm.models.regnet import LASRegNet  # noqa: E402
 from las_mm.models.resnet import LASResNet  # noqa: E402
 
 __all__ = [
     "Activation",
+    "ChannelMasker",
     "DynamicBottleneck",
+    "LASRegNet",
     "LASResNet",
     "NetworkActivation",
     "SpatialMasker",

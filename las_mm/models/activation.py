@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,19 +26,61 @@ class Activation:
         rate_dilated: Share of conv1's output positions that conv2 reads from them, shape ().
         rate_channel: Share of the bottleneck's channels that are computed, shape (); 1 without
             a channel masker.
-        mask: Hard decision per patch, shape (N, 1, h, w), detached; ``None`` for a static block.
+        mask: Hard decision per patch, shape (N, 1, h, w), detached; ``None`` where all positions
+            are computed.
+        mask_channel: Hard decision per group of channels, shape (N, groups), detached; ``None``
+            where all channels are computed.
+        shares: Share of conv1's, conv2's and conv3's multiply-accumulates, shape (3,), see
+            :func:`work_shares`; ``None`` without a channel masker, where the rates say it.
     """
 
     rate: Tensor
     rate_dilated: Tensor
     rate_channel: Tensor
     mask: Tensor | None = None
+    mask_channel: Tensor | None = None
+    shares: Tensor | None = None
 
     @classmethod
     def full(cls, like: Tensor) -> Activation:
         """The record of a static block: everything is computed."""
         one = torch.ones((), device=like.device)
         return cls(rate=one, rate_dilated=one, rate_channel=one)
+
+    def work(self) -> Tensor:
+        """:attr:`shares`, or what the rates make of them, shape (3,)."""
+        if self.shares is not None:
+            return self.shares
+        return rate_products(self.rate, self.rate_dilated, self.rate_channel)
+
+
+def rate_products(rate: Tensor, rate_dilated: Tensor, rate_channel: Tensor) -> Tensor:
+    """Shares of conv1, conv2 and conv3 of one image: (3, ...) from rates of shape (...)."""
+    return torch.stack(
+        [rate_dilated * rate_channel, rate * rate_channel.square(), rate * rate_channel]
+    )
+
+
+def work_shares(rate: Tensor, rate_dilated: Tensor, channels: Tensor, groups: int = 1) -> Tensor:
+    """Share of each convolution's multiply-accumulates that a batch computes.
+
+    Products are taken per image and then averaged: the mean of rho^2 is more than the square of
+    the mean where images differ. In a grouped conv2 an output channel reads the computed channels
+    of its own group only.
+
+    Args:
+        rate: Share of positions that conv2 and conv3 compute, (N,).
+        rate_dilated: Conv1's, (N,).
+        channels: Zeros and ones per channel, (N, width).
+        groups: Groups of conv2.
+
+    Returns:
+        Of conv1, conv2 and conv3, (3,).
+    """
+    channel = channels.mean(dim=1)
+    square = channels.unflatten(1, (groups, -1)).mean(dim=2).square().mean(dim=1)
+    shares = torch.stack([rate_dilated * channel, rate * square, rate * channel])
+    return shares.mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +93,10 @@ class NetworkActivation:
         rates_dilated: (n_blocks,) conv1's share.
         rates_channel: (n_blocks,) channel share.
         masks: Per block the hard patch mask (N, 1, h, w) or ``None``.
+        masks_channel: Per block the hard mask of channel groups (N, groups) or ``None``; empty
+            where nobody recorded them.
+        shares: (3, n_blocks) shares of conv1's, conv2's and conv3's multiply-accumulates, see
+            :func:`work_shares`; ``None``: the products of the rates.
     """
 
     shape: NetworkShape
@@ -57,6 +104,30 @@ class NetworkActivation:
     rates_dilated: Tensor
     rates_channel: Tensor
     masks: tuple[Tensor | None, ...]
+    masks_channel: tuple[Tensor | None, ...] = ()
+    shares: Tensor | None = None
+
+    @classmethod
+    def of(cls, shape: NetworkShape, blocks: Sequence[Activation]) -> NetworkActivation:
+        """Stack the records of all blocks."""
+        shares = None
+        if any(a.shares is not None for a in blocks):
+            shares = torch.stack([a.work() for a in blocks], dim=1)
+        return cls(
+            shape=shape,
+            rates=torch.stack([a.rate for a in blocks]),
+            rates_dilated=torch.stack([a.rate_dilated for a in blocks]),
+            rates_channel=torch.stack([a.rate_channel for a in blocks]),
+            masks=tuple(a.mask for a in blocks),
+            masks_channel=tuple(a.mask_channel for a in blocks),
+            shares=shares,
+        )
+
+    def work(self) -> Tensor:
+        """:attr:`shares`, or what the rates make of them, (3, n_blocks)."""
+        if self.shares is not None:
+            return self.shares
+        return rate_products(self.rates, self.rates_dilated, self.rates_channel)
 
     @property
     def dynamic(self) -> list[int]:
@@ -64,19 +135,44 @@ class NetworkActivation:
         return [i for i, block in enumerate(self.shape.blocks) if block.mode != "static"]
 
     @property
+    def positional(self) -> list[int]:
+        """Indices of the blocks that may leave out positions: spatial, layer and both."""
+        return [i for i, block in enumerate(self.shape.blocks) if block.decides_positions]
+
+    @property
+    def channelwise(self) -> list[int]:
+        """Indices of the blocks that may leave out channels: channel and both."""
+        return [i for i, block in enumerate(self.shape.blocks) if block.has_channels]
+
+    @property
     def mean_rate(self) -> Tensor:
-        """Mean activation rate of the dynamic blocks, shape (); 1 for a static network."""
-        return self.rates[self.dynamic].mean() if self.dynamic else self.rates.new_ones(())
+        """Mean activation rate of the blocks that may leave out positions, shape (); 1 if none."""
+        return self._mean(self.rates, self.positional)
+
+    @property
+    def mean_rate_channel(self) -> Tensor:
+        """Mean channel rate of the blocks that may leave out channels, shape (); 1 if none."""
+        return self._mean(self.rates_channel, self.channelwise)
 
     def stage_rates(self) -> dict[int, Tensor]:
         """Mean activation rate of each stage's blocks: {1: tensor(), 2: ...}."""
-        stages = sorted({block.stage for block in self.shape.blocks})
+        return {stage: self._mean(self.rates, index) for stage, index in self._stages().items()}
+
+    def stage_rates_channel(self) -> dict[int, Tensor]:
+        """Mean channel rate of each stage's blocks: {1: tensor(), 2: ...}."""
         return {
-            stage: self.rates[
-                [i for i, block in enumerate(self.shape.blocks) if block.stage == stage]
-            ].mean()
-            for stage in stages
+            stage: self._mean(self.rates_channel, index) for stage, index in self._stages().items()
         }
+
+    def _stages(self) -> dict[int, list[int]]:
+        stages: dict[int, list[int]] = {}
+        for i, block in enumerate(self.shape.blocks):
+            stages.setdefault(block.stage, []).append(i)
+        return dict(sorted(stages.items()))
+
+    @staticmethod
+    def _mean(values: Tensor, index: list[int]) -> Tensor:
+        return values[index].mean() if index else values.new_ones(())
 
     def detach(self) -> NetworkActivation:
         """The same figures without their graph."""
@@ -85,6 +181,7 @@ class NetworkActivation:
             rates=self.rates.detach(),
             rates_dilated=self.rates_dilated.detach(),
             rates_channel=self.rates_channel.detach(),
+            shares=None if self.shares is None else self.shares.detach(),
         )
 
     def reduce_mean(self) -> NetworkActivation:
@@ -95,11 +192,17 @@ class NetworkActivation:
         """
         if dist.get_world_size() == 1:
             return self
-        local = torch.stack([self.rates, self.rates_dilated, self.rates_channel])
+        local = torch.stack([self.rates, self.rates_dilated, self.rates_channel, *self.work()])
         mean = local.detach().clone()
         dist.all_reduce(mean, op="mean")
-        rates, rates_dilated, rates_channel = mean + (local - local.detach())
-        return replace(self, rates=rates, rates_dilated=rates_dilated, rates_channel=rates_channel)
+        rates, rates_dilated, rates_channel, *shares = mean + (local - local.detach())
+        return replace(
+            self,
+            rates=rates,
+            rates_dilated=rates_dilated,
+            rates_channel=rates_channel,
+            shares=torch.stack(shares),
+        )
 
 
 def find_dynamic_backbones(model: nn.Module) -> list[tuple[str, nn.Module]]:

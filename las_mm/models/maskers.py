@@ -7,9 +7,20 @@ be smaller. Where S divides the map this is the definition of LASNet, section 3.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from las_mm.latency.shapes import CHANNEL_MASKERS, channel_hidden
+
+_MASKER = re.compile(r"(^|\.)masker(_channel)?\.")
+
+
+def is_masker(name: str) -> bool:
+    """Whether a module, parameter or ``state_dict`` key of a backbone belongs to a masker."""
+    return _MASKER.search(name) is not None
 
 
 def gumbel_difference(reference: Tensor) -> Tensor:
@@ -28,33 +39,55 @@ def gumbel_difference(reference: Tensor) -> Tensor:
     return torch.log(uniform) - torch.log1p(-uniform)
 
 
-class SpatialMasker(nn.Module):
-    """Decides per patch: average pool to the patch grid, then a 1x1 convolution to two logits.
+class Masker(nn.Module):
+    """What all maskers share: from the difference of two logits to a decision.
 
-    Training draws a hard Gumbel-softmax sample with straight-through gradients; in eval mode a
-    patch is kept where logit 0 >= logit 1. LASNet (arXiv 2210.06223), section 3.2, equation 4.
-
-    Args:
-        in_channels: Channels of the block input that the masker reads.
-        keep_bias: Initial bias of the "keep" logit. The default lets 99.3 % of all patches
-            through, so a network loaded from static weights starts as (almost) that network.
+    Training draws a hard Gumbel-softmax sample with straight-through gradients; eval mode keeps
+    where logit 0 >= logit 1. LASNet (arXiv 2210.06223), section 3.2, equation 4.
 
     Attributes:
         temperature: Gumbel-softmax temperature tau, set by ``TemperatureHook``.
         noise: Scale of the Gumbel noise, set by ``TemperatureHook``; 1 is the papers' sampling,
             0 decides in training as in eval mode.
-        offset: Added to the difference of the logits, (N or 1, 1, h, w) or ``None``; an infinite
-            value forces the decision of a patch while the masker still does (and costs) its work.
-            A tool for benchmarks and pictures, so it is in no checkpoint.
+        offset: Added to the difference of the logits, of its shape or with one image, or
+            ``None``; an infinite value forces a decision while the masker still does (and costs)
+            its work. A tool for benchmarks and pictures, so it is in no checkpoint.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 1.0
+        self.noise = 1.0
+        self.offset: Tensor | None = None
+
+    def decide(self, keep: Tensor) -> Tensor:
+        """Logit 0 minus logit 1 -> zeros and ones, float32, of the same shape."""
+        if self.offset is not None:
+            keep = keep + self.offset.to(keep)
+        if not self.training:
+            return (keep >= 0).float()
+        keep = keep + self.noise * gumbel_difference(keep)
+        hard = (keep >= 0).float()
+        soft = torch.sigmoid(keep / self.temperature)
+        return hard + (soft - soft.detach())
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:.4g}"
+
+
+class SpatialMasker(Masker):
+    """Decides per patch: average pool to the patch grid, then a 1x1 convolution to two logits.
+
+    Args:
+        in_channels: Channels of the block input that the masker reads.
+        keep_bias: Initial bias of the "keep" logit. The default lets 99.3 % of all patches
+            through, so a network loaded from static weights starts as (almost) that network.
     """
 
     def __init__(self, in_channels: int, keep_bias: float = 5.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, 2, kernel_size=1)
         self.keep_bias = keep_bias
-        self.temperature = 1.0
-        self.noise = 1.0
-        self.offset: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,18 +119,114 @@ class SpatialMasker(nn.Module):
     def forward(self, x: Tensor, patch: int | None) -> Tensor:
         """The decision per patch, see :meth:`logits`: (N, 1, h, w) float32 of zeros and ones."""
         logits = self.logits(x, patch)
-        keep = logits[:, :1] - logits[:, 1:]
-        if self.offset is not None:
-            keep = keep + self.offset.to(keep)
-        if not self.training:
-            return (keep >= 0).float()
-        keep = keep + self.noise * gumbel_difference(keep)
-        hard = (keep >= 0).float()
-        soft = torch.sigmoid(keep / self.temperature)
-        return hard + (soft - soft.detach())
+        return self.decide(logits[:, :1] - logits[:, 1:])
+
+
+class ChannelMasker(Masker):
+    """Decides per image and group of channels, from the whole block input.
+
+    LAUDNet (arXiv 2308.15949), section 3.2. The children bear the names that the authors' released
+    checkpoints have: ``conv`` and, of a ``'conv_linear'``, ``linear``. Of the 2 * groups logits
+    the first half says "keep", the second "skip".
+
+    Args:
+        in_channels: Channels of the block input that the masker reads.
+        groups: Decisions per image.
+        kind: ``'mlp'``: global average pool, then fully connected layers; ``'conv_linear'``: 1x1
+            convolution to ``in_channels // reduction``, BN, ReLU, global average pool, one fully
+            connected layer. Defaults to ``'mlp'``.
+        layers: Fully connected layers of an ``'mlp'``: 2, with max(groups // reduction, 16)
+            hidden channels and a ReLU between, or 1. Defaults to 2.
+        reduction: Divisor of the hidden channels. Defaults to 16.
+        keep_bias: Initial bias of the "keep" logits; the "skip" logits start at minus that. The
+            default lets 98.2 % of all groups through.
+
+    Raises:
+        ValueError: An unknown ``kind`` or number of layers, or a ``conv_linear`` without hidden
+            channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        groups: int,
+        kind: str = "mlp",
+        layers: int = 2,
+        reduction: int = 16,
+        keep_bias: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if kind not in CHANNEL_MASKERS:
+            raise ValueError(
+                f"channel_masker must be one of {', '.join(CHANNEL_MASKERS)}, got {kind!r}"
+            )
+        if layers not in (1, 2):
+            raise ValueError(f"channel_masker_layers must be 1 or 2, got {layers!r}")
+        self.groups = groups
+        self.kind = kind
+        self.layers = layers
+        self.reduction = reduction
+        hidden = channel_hidden(kind, layers, in_channels, groups, reduction)
+        self.keep_bias = keep_bias
+        if kind == "conv_linear":
+            if hidden == 0:
+                raise ValueError(
+                    f"channel_reduction of a conv_linear masker must be at most its {in_channels} "
+                    f"input channels, got {reduction}"
+                )
+            self.conv = nn.Sequential(
+                nn.Conv2d(in_channels, hidden, kernel_size=1, bias=False),
+                nn.BatchNorm2d(hidden),
+                nn.ReLU(),
+            )
+            self.linear = nn.Linear(hidden, 2 * groups)
+        elif layers == 1:
+            self.conv = nn.Linear(in_channels, 2 * groups)
+        else:
+            self.conv = nn.Sequential(
+                nn.Linear(in_channels, hidden), nn.ReLU(), nn.Linear(hidden, 2 * groups)
+            )
+        self.reset_parameters()
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that makes the logits."""
+        if self.kind == "conv_linear":
+            return self.linear
+        return self.conv[-1] if isinstance(self.conv, nn.Sequential) else self.conv
+
+    def reset_parameters(self) -> None:
+        """Back to "mostly on", whatever the scale of the features."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        nn.init.normal_(self.last.weight, std=0.01)
+        with torch.no_grad():
+            self.last.bias[: self.groups] = self.keep_bias
+            self.last.bias[self.groups :] = -self.keep_bias
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Block input (N, C, H, W) -> float32 logits (N, 2, groups)."""
+        if self.kind == "conv_linear":
+            flat = self.linear(self.conv(x).mean(dim=(2, 3)))
+        else:
+            flat = self.conv(x.mean(dim=(2, 3)))
+        return flat.float().unflatten(1, (2, self.groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The decision per group: (N, groups) float32 of zeros and ones."""
+        keep, skip = self.logits(x).unbind(1)
+        return self.decide(keep - skip)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature:.4g}"
+        return f"groups={self.groups}, {super().extra_repr()}"
+
+
+def expand_channels(mask: Tensor, granularity: int) -> Tensor:
+    """(N, groups) -> (N, groups * G, 1, 1): channel c belongs to group c // G."""
+    if granularity != 1:
+        mask = mask.repeat_interleave(granularity, dim=1)
+    return mask[:, :, None, None]
 
 
 def expand_mask(mask: Tensor, granularity: int, size: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from las_mm import memory, ops
@@ -130,6 +131,7 @@ class FastBottleneck:
     one: Tensor
     masker: tuple[nn.Module, Tensor, Tensor] | None  # with its weight and bias, not copied
     choice: Choice  # the last one made; torch.compile and torch.export keep it
+    excitation: list[Tensor] | None = None  # weights and biases of squeeze-and-excitation
 
     @classmethod
     def of(cls, block: nn.Module) -> FastBottleneck:
@@ -138,6 +140,8 @@ class FastBottleneck:
         Raises:
             Unsupported: The block has a part without a fast form.
         """
+        if block.masker_channel is not None:
+            raise Unsupported("there are no sparse ops for skipping channels")
         folded = _fold_block(block)
         dtype, device_type = folded[0][0].dtype, folded[0][0].device.type
         if not ops.supports(dtype, device_type):
@@ -146,8 +150,14 @@ class FastBottleneck:
         biases = [bias for _, bias, _ in folded]
         conv2 = block.conv2
         winograd = None
+        excitation = _excitation_of(block)
         plain = (conv2.stride, conv2.dilation, conv2.groups) == ((1, 1), (1, 1), 1)
-        if plain and dtype == torch.float32 and ops.has_winograd(device_type):
+        if (
+            plain
+            and excitation is None
+            and dtype == torch.float32
+            and ops.has_winograd(device_type)
+        ):
             winograd = ops.pack_winograd(folded[1][0])
             if block.mode != "spatial" or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
@@ -167,6 +177,7 @@ class FastBottleneck:
             one=torch.ones((), device=weights[0].device),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
             choice=Choice(winograd=winograd is not None),
+            excitation=excitation,
         )
 
     def kind(self, x: Tensor) -> BlockKind:
@@ -247,6 +258,7 @@ class FastBottleneck:
                 cost,
                 dense,
                 above,
+                self.excitation,
             )
         return ops.sparse_bottleneck(
             x,
@@ -262,7 +274,25 @@ class FastBottleneck:
             cost,
             dense,
             above,
+            self.excitation,
         )
+
+
+def _excitation_of(block: nn.Module) -> list[Tensor] | None:
+    """Weights and biases of the block's squeeze-and-excitation, as the op takes them.
+
+    Raises:
+        Unsupported: It reads positions that the block does not compute.
+    """
+    se = getattr(block, "se", None)
+    if se is None:
+        return None
+    if se.pool == "all" and block.mode == "spatial":
+        raise Unsupported("its squeeze-and-excitation reads dropped positions (se_pool='all')")
+    if not ops.has_excitation(se.fc1.weight.device.type):
+        raise Unsupported("there is no kernel for squeeze-and-excitation on its device")
+    weights = (se.fc1.weight.flatten(1), se.fc1.bias, se.fc2.weight.flatten(1), se.fc2.bias)
+    return [weight.float().clone() for weight in weights]
 
 
 def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
@@ -318,3 +348,30 @@ class FastStem:
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.conv_pool_stem(x, self.weight, self.bias)
+
+
+@dataclass
+class FastConvStem:
+    """The folded form of a RegNet's stem: a 3x3 convolution of stride 2 and ReLU."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> FastConvStem:
+        """Fold the stem of ``backbone``.
+
+        Raises:
+            Unsupported: It has other parts than usual.
+        """
+        conv = backbone.conv1
+        if type(backbone.relu) is not nn.ReLU:
+            raise Unsupported(f"its activation is {type(backbone.relu).__name__}, not ReLU")
+        usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if usual != ((3, 3), (2, 2), (1, 1), (1, 1), 1):
+            raise Unsupported(f"its stem is {conv}")
+        weight, bias = fold(conv, backbone.norm1)
+        return cls(weight.contiguous(memory_format=torch.channels_last), bias.to(weight.dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, stride=2, padding=1).relu_()

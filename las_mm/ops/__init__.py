@@ -15,6 +15,7 @@ is not checked for NaN, which would mean waiting for the GPU: NaN drops the patc
 import torch
 
 from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
+from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mean
 from las_mm.ops.convolution import (
     conv1x1_scatter_add_,
     gather_conv3x3,
@@ -27,11 +28,15 @@ from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
 
 __all__ = [
     "LAYER",
+    "channel_bottleneck",
+    "channel_bottleneck_",
+    "channel_mean",
     "conv1x1_scatter_add_",
     "conv_pool_stem",
     "cpu_isa",
     "dilate_mask",
     "gather_conv3x3",
+    "has_excitation",
     "has_kernels",
     "has_stem_kernel",
     "has_winograd",
@@ -64,6 +69,7 @@ def _devices_with(name: str) -> frozenset[str]:
 _SPARSE_OPS = _devices_with("sparse_bottleneck")
 _STEM = _devices_with("conv_pool_stem")
 _WINOGRAD = frozenset({"cpu"})
+_EXCITATION = frozenset({"cpu"})
 
 
 def has_kernels(device_type: str) -> bool:
@@ -79,6 +85,11 @@ def has_stem_kernel(device_type: str) -> bool:
 def has_winograd(device_type: str) -> bool:
     """Whether ``sparse_bottleneck`` uses the Winograd form of conv2 there."""
     return device_type in _WINOGRAD
+
+
+def has_excitation(device_type: str) -> bool:
+    """Whether ``sparse_bottleneck`` takes squeeze-and-excitation there."""
+    return device_type in _EXCITATION
 
 
 def cpu_isa() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from las_mm.ops.convolution import (
@@ -23,7 +24,7 @@ from las_mm.ops.packing import unpack_conv
 _SCHEMA = (
     "Tensor? mask, Tensor[] weights, Tensor[] biases, Tensor? winograd, Tensor? shortcut, "
     "int granularity, int[2] strides, int dilation, int groups, float winograd_cost, "
-    "Tensor[]? dense=None, float dense_above=1.0"
+    "Tensor[]? dense=None, float dense_above=1.0, Tensor[]? excitation=None"
 )
 
 
@@ -42,6 +43,7 @@ class _Arguments(NamedTuple):
     winograd_cost: float
     dense: Sequence[Tensor] | None = None
     dense_above: float = 1.0
+    excitation: Sequence[Tensor] | None = None
 
 
 def _check(x: Tensor, a: _Arguments) -> list[int]:
@@ -75,9 +77,30 @@ def _check(x: Tensor, a: _Arguments) -> list[int]:
         check_packed(a.weights[1], "weights[1]", width, width // a.groups, 9, a.groups, x)
     size = [ceil_div(ceil_div(n, a.strides[0]), a.strides[1]) for n in x.shape[2:]]
     _check_shortcut(x, a, c_out, size)
+    if a.excitation is not None:
+        _check_excitation(x, a, width)
     if a.mask is not None:
         check_mask(a.mask, "mask", x, size, a.granularity)
     return size
+
+
+def _check_excitation(x: Tensor, a: _Arguments, width: int) -> None:
+    assert a.excitation is not None
+    if len(a.excitation) != 4:
+        raise ValueError(
+            "excitation must be None or weight and bias of fc1 and of fc2, got "
+            f"{len(a.excitation)} tensors"
+        )
+    if a.winograd is not None:
+        raise ValueError("winograd must be None with excitation")
+    squeezed = a.excitation[1].numel()
+    check_vector(a.excitation[1], "excitation[1]", squeezed, torch.float32, x)
+    check_vector(a.excitation[3], "excitation[3]", width, torch.float32, x)
+    for i, shape in ((0, [squeezed, width]), (2, [width, squeezed])):
+        weight = a.excitation[i]
+        if list(weight.shape) != shape:
+            raise ValueError(f"excitation[{i}] must have shape {shape}, got {list(weight.shape)}")
+        check_kind(weight, f"excitation[{i}]", torch.float32, x)
 
 
 def _check_dense(x: Tensor, a: _Arguments, width: int, c_out: int) -> None:
@@ -139,9 +162,22 @@ def _reference(x: Tensor, *arguments) -> Tensor:
         out = _winograd(out, a.winograd, a.biases[1])
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
-    out = convolve(out.relu().to(x.dtype), a.weights[2], a.biases[2], 1, 1, 1, 1)
-    if a.mask is not None:
-        kept = expand(a.mask, "mask", size, a.granularity)
+    out = out.relu().to(x.dtype)
+    if a.excitation is not None:
+        out = _excite(out, _kept(a, size), a.excitation)
+    out = convolve(out, a.weights[2], a.biases[2], 1, 1, 1, 1)
+    return _add_shortcut(x, out, a, size)
+
+
+def _kept(a: _Arguments, size: list[int]) -> Tensor | None:
+    """Kept outputs, bool (N, 1, H, W); ``None``: all."""
+    return None if a.mask is None else expand(a.mask, "mask", size, a.granularity)
+
+
+def _add_shortcut(x: Tensor, out: Tensor, a: _Arguments, size: list[int]) -> Tensor:
+    """What a block returns, from conv3's output at all positions."""
+    kept = _kept(a, size)
+    if kept is not None:
         out = torch.where(kept, out, out.new_zeros(()))
     if len(a.weights) == 3:
         out = out + x.float()
@@ -150,6 +186,18 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     else:
         out = out + convolve(x, a.weights[3], a.biases[3], 1, a.strides[0] * a.strides[1], 1, 1)
     return out.relu().to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _excite(x: Tensor, kept: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+    """Squeeze-and-excitation (arXiv 1709.01507) pooled over kept positions."""
+    if kept is None:
+        mean = x.float().mean(dim=(2, 3))
+    else:
+        total = torch.where(kept, x.float(), x.new_zeros((), dtype=torch.float32)).sum(dim=(2, 3))
+        mean = total / kept.sum(dim=(2, 3)).clamp(min=1)
+    hidden = F.linear(mean, weights[0], weights[1]).relu()
+    scale = F.linear(hidden, weights[2], weights[3]).sigmoid()
+    return (x * scale[:, :, None, None]).to(x.dtype)
 
 
 def _winograd(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
@@ -209,6 +257,7 @@ def sparse_bottleneck(
     winograd_cost: float = 1.0,
     dense: Sequence[Tensor] | None = None,
     dense_above: float = 1.0,
+    excitation: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """relu(shortcut + mask * conv3(relu(conv2(relu(conv1(x)))))), computed at kept outputs only.
 
@@ -234,6 +283,10 @@ def sparse_bottleneck(
         dense: The same weights as ``weights``, not packed, or ``None``.
         dense_above: If ``dense`` is given, dense convolutions run where a larger share of the
             outputs is kept.
+        excitation: Squeeze-and-excitation between conv2 and conv3, pooled over the kept positions
+            of each image: weight (Q, M) and bias (Q,) of its first layer, weight (M, Q) and bias
+            (M,) of its second, float32, where M are the channels of conv2. Not with ``winograd``;
+            not on a GPU.
 
     Returns:
         (N, C_out, H_out, W_out), channels_last.
@@ -255,6 +308,7 @@ def sparse_bottleneck(
         winograd_cost,
         dense,
         dense_above,
+        excitation,
     )
 
 
@@ -270,6 +324,7 @@ def sparse_bottleneck_(
     winograd_cost: float = 1.0,
     dense: Sequence[Tensor] | None = None,
     dense_above: float = 1.0,
+    excitation: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """:func:`sparse_bottleneck` of a block without downsample convolution, written into ``x``.
 
@@ -294,5 +349,6 @@ def sparse_bottleneck_(
         winograd_cost,
         dense,
         dense_above,
+        excitation,
     )
     return x

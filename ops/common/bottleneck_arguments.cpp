@@ -24,6 +24,29 @@ void check_dense(const at::Tensor& x, const std::vector<at::Tensor>& dense, cons
   }
 }
 
+void check_matrix(const at::Tensor& weight, const char* name, int64_t out, int64_t in,
+                  const at::Tensor& x) {
+  const int64_t shape[] = {out, in};
+  TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(shape, 2), name, " must have shape ",
+                    at::IntArrayRef(shape, 2), ", got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat && weight.device() == x.device(), name,
+                    " must be float32 on ", x.device(), ", got ", weight.scalar_type(), " on ",
+                    weight.device());
+}
+
+void check_excitation(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                      const Shape& s, bool winograd) {
+  TORCH_CHECK_VALUE(weights.size() == 4,
+                    "excitation must be None or weight and bias of fc1 and of fc2, got ",
+                    weights.size(), " tensors");
+  TORCH_CHECK_VALUE(!winograd, "winograd must be None with excitation");
+  const int64_t squeezed = weights[1].numel();
+  check_vector(weights[1], "excitation[1]", squeezed, at::kFloat, x);
+  check_vector(weights[3], "excitation[3]", s.hidden, at::kFloat, x);
+  check_matrix(weights[0], "excitation[0]", squeezed, s.hidden, x);
+  check_matrix(weights[2], "excitation[2]", s.hidden, squeezed, x);
+}
+
 }  // namespace
 
 Shape check(const at::Tensor& x, const Arguments& a) {
@@ -83,14 +106,37 @@ Shape check(const at::Tensor& x, const Arguments& a) {
     check_packed(a.weights[3], "weights[3]", s.c_out, a.shortcut ? a.shortcut->size(1) : s.c_in, 1,
                  1, x);
   }
+  if (a.excitation) check_excitation(x, *a.excitation, s, a.winograd.has_value());
   if (a.mask) check_mask_for(*a.mask, "mask", x, s.out_height, s.out_width, a.granularity);
   return s;
+}
+
+void check_channels(const at::Tensor& channel_mask,
+                    const std::optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
+                    const Shape& s) {
+  TORCH_CHECK_VALUE(channel_mask.dim() == 2 && channel_mask.size(0) == s.images &&
+                        channel_mask.size(1) > 0 && s.hidden % channel_mask.size(1) == 0,
+                    "channel_mask must have shape (", s.images, ", k) with k dividing ", s.hidden,
+                    " channels, got ", channel_mask.sizes());
+  check_mask_dtype(channel_mask, "channel_mask");
+  TORCH_CHECK_VALUE(channel_mask.device() == x.device(), "channel_mask must be on ", x.device(),
+                    ", got ", channel_mask.device());
+  if (!constants) return;
+  TORCH_CHECK_VALUE(constants->size() == 2,
+                    "constants must be None or those of conv1's and conv2's outputs, got ",
+                    constants->size());
+  for (size_t i = 0; i < 2; ++i) {
+    check_vector((*constants)[i], "constants[" + std::to_string(i) + "]", s.hidden, at::kFloat, x);
+  }
 }
 
 void make_contiguous(Arguments& a) {
   for (at::Tensor& weight : a.weights) weight = weight.contiguous();
   for (at::Tensor& bias : a.biases) bias = bias.contiguous();
   if (a.winograd) a.winograd = a.winograd->contiguous();
+  if (a.excitation) {
+    for (at::Tensor& weight : *a.excitation) weight = weight.contiguous();
+  }
 }
 
 }  // namespace las_mm

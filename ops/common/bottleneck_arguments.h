@@ -21,6 +21,7 @@ struct Arguments {
   double winograd_cost;
   std::optional<std::vector<at::Tensor>> dense;
   double dense_above;
+  std::optional<std::vector<at::Tensor>> excitation;
 };
 
 struct Shape {
@@ -33,6 +34,12 @@ struct Shape {
 
 // Throws ValueError, naming the argument, if something does not fit.
 Shape check(const at::Tensor& x, const Arguments& a);
+
+// The arguments of las_mm::channel_bottleneck that sparse_bottleneck does not have, see
+// las_mm/ops/channels.py.
+void check_channels(const at::Tensor& channel_mask,
+                    const std::optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
+                    const Shape& s);
 
 // The kernels read weights and biases as plain arrays.
 void make_contiguous(Arguments& a);

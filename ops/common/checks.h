@@ -28,13 +28,17 @@ inline void check_size(at::IntArrayRef size, const char* name) {
                     " must be a positive (height, width), got ", size);
 }
 
-inline void check_mask(const at::Tensor& mask, const char* name) {
-  TORCH_CHECK_VALUE(mask.dim() == 4 && mask.size(1) == 1, name,
-                    " must have shape (N, 1, h, w), got ", mask.sizes());
+inline void check_mask_dtype(const at::Tensor& mask, const char* name) {
   const at::ScalarType dtype = mask.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kBool || dtype == at::kByte || dtype == at::kFloat ||
                         dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
                     name, " must be bool, uint8 or floating point, got ", dtype);
+}
+
+inline void check_mask(const at::Tensor& mask, const char* name) {
+  TORCH_CHECK_VALUE(mask.dim() == 4 && mask.size(1) == 1, name,
+                    " must have shape (N, 1, h, w), got ", mask.sizes());
+  check_mask_dtype(mask, name);
 }
 
 inline void check_grid(const at::Tensor& mask, const PatchAxis& rows, const PatchAxis& columns,

@@ -43,6 +43,9 @@ struct Avx512 {
   static inline Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static inline Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static inline float sum(Reg r) { return _mm512_reduce_add_ps(r); }
+  static inline void compress(const char* in, uint16_t wanted, char* out) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(wanted, _mm512_loadu_si512(in)));
+  }
 
   struct Bf16Step {
     struct A {

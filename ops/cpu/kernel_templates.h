@@ -4,7 +4,7 @@
 //
 // V has: kLanes, kRows (rows of a tile), kVectors (registers per row of a tile), Reg, zero, set1,
 // load/store of float and bf16 with a partial form for n < kLanes values, add, sub, mul, max, fma,
-// sum; and Bf16Step, how a pair of bfloat16 channels is multiplied.
+// sum, compress (16 columns of 4 bytes, those of the bits set first); and Bf16Step, how a pair of bfloat16 channels is multiplied.
 
 // One step along the input channels for element type T: a value, or a pair of bfloat16.
 template <typename V, typename T>
@@ -282,8 +282,47 @@ void max_rows(const T* const* rows, int count, int64_t channels, T* out) {
 }
 
 template <typename V>
+void select_columns(const void* const* panels, const uint16_t* lanes, int64_t vectors, void* out) {
+  constexpr int kBytes = 4, kPanelVectors = kPanel / kLanes;
+  char* next = static_cast<char*>(out);
+  for (int64_t v = 0; v < vectors; ++v) {
+    const char* panel = static_cast<const char*>(panels[v / kPanelVectors]);
+    V::compress(panel + v % kPanelVectors * kLanes * kBytes, lanes[v], next);
+    next += __builtin_popcount(lanes[v]) * kBytes;
+  }
+}
+
+// One column of four 16-value registers at a time, so that sums stay in registers.
+template <typename V, typename T>
+void sum_positions(const T* x, int64_t positions, int64_t channels, float* sum) {
+  constexpr int kWide = 4;
+  int64_t c = 0;
+  for (; c + kWide * V::kLanes <= channels; c += kWide * V::kLanes) {
+    typename V::Reg sums[kWide];
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) sums[j] = V::load(sum + c + j * V::kLanes);
+    for (int64_t i = 0; i < positions; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kWide; ++j) {
+        sums[j] = V::add(sums[j], V::load(x + i * channels + c + j * V::kLanes));
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kWide; ++j) V::store(sum + c + j * V::kLanes, sums[j]);
+  }
+  LAS_MM_FOR_LANES(rest, n, channels - c) {
+    typename V::Reg value = load_lanes<V>(sum + c + rest, n);
+    for (int64_t i = 0; i < positions; ++i) {
+      value = V::add(value, load_lanes<V>(x + i * channels + c + rest, n));
+    }
+    store_lanes<V>(sum + c + rest, value, n);
+  }
+}
+
+template <typename V>
 constexpr Kernels make_kernels() {
   return {&panel<V, float>,    &panel<V, bf16>,       &winograd_input<V>,
           &winograd_output<V>, &dot<V, float>,        &dot<V, bf16>,
-          &max_rows<V, float>, &max_rows<V, bf16>};
+          &max_rows<V, float>, &max_rows<V, bf16>, &select_columns<V>,
+          &sum_positions<V, float>, &sum_positions<V, bf16>};
 }

@@ -71,6 +71,12 @@ struct Vector {
                a[3] > b[3] ? a[3] : b[3]};
   }
   static inline float sum(Reg r) { return (r[0] + r[1]) + (r[2] + r[3]); }
+  static inline void compress(const char* in, uint16_t wanted, char* out) {
+    for (int i = 0; i < cpu::kLanes; ++i) {  // without a branch: masks are not predictable
+      std::memcpy(out, in + 4 * i, 4);
+      out += 4 * (wanted >> i & 1);
+    }
+  }
 
   struct Bf16Step {
     struct A {

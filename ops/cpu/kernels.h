@@ -9,6 +9,9 @@ struct bf16 {
   uint16_t bits;
 };
 
+inline float one(float) { return 1; }
+inline bf16 one(bf16) { return {0x3f80}; }
+
 constexpr int kPanel = 64;  // output channels computed together; las_mm/ops/packing.py: PANEL
 constexpr int kLanes = 16;  // packed panels are multiples of this; packing.py: LANES
 
@@ -54,6 +57,13 @@ struct Kernels {
   // out[i] = max over `count` rows.
   void (*max_f32)(const float* const* rows, int count, int64_t channels, float* out);
   void (*max_bf16)(const bf16* const* rows, int count, int64_t channels, bf16* out);
+  // Moves the wanted columns of a row of a packed weight together: panels[i] has columns 64 * i to
+  // 64 * i + 63, bit j of lanes[v] wants column 16 * v + j. A column has 4 bytes. Writes up to
+  // kLanes columns more than wanted.
+  void (*select)(const void* const* panels, const uint16_t* lanes, int64_t vectors, void* out);
+  // sum[c] += sum over `positions` consecutive positions.
+  void (*sum_f32)(const float* x, int64_t positions, int64_t channels, float* sum);
+  void (*sum_bf16)(const bf16* x, int64_t positions, int64_t channels, float* sum);
 };
 
 extern const Kernels kGenericKernels;
@@ -69,5 +79,7 @@ inline auto dot_kernel(float) { return kernels().dot_f32; }
 inline auto dot_kernel(bf16) { return kernels().dot_bf16; }
 inline auto max_kernel(float) { return kernels().max_f32; }
 inline auto max_kernel(bf16) { return kernels().max_bf16; }
+inline auto sum_kernel(float) { return kernels().sum_f32; }
+inline auto sum_kernel(bf16) { return kernels().sum_bf16; }
 
 }  // namespace las_mm::cpu

@@ -60,6 +60,12 @@ struct Vector {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
+  static inline void compress(const char* in, uint16_t wanted, char* out) {
+    for (int i = 0; i < cpu::kLanes; ++i) {  // without a branch: masks are not predictable
+      std::memcpy(out, in + 4 * i, 4);
+      out += 4 * (wanted >> i & 1);
+    }
+  }
 
   struct Bf16Step {
     struct A {

@@ -125,10 +125,10 @@ void list_positions(const bool* patches, int64_t images, const MaskGeometry& g, 
   }
 }
 
-at::Tensor decisions(const at::Tensor& mask) {
+at::Tensor decisions(const at::Tensor& mask, const char* name) {
   if (mask.scalar_type() == at::kBool) return mask.contiguous();
   TORCH_CHECK_VALUE(!mask.is_floating_point() || mask.isfinite().all().item<bool>(),
-                    "mask must be finite, got NaN or infinity");
+                    name, " must be finite, got NaN or infinity");
   return mask.gt(0.5).contiguous();
 }
 

@@ -21,6 +21,6 @@ void list_positions(const bool* patches, int64_t images, const MaskGeometry& g, 
 
 // The decisions of a mask of any dtype that checks.h accepts, as a contiguous bool tensor. Throws
 // ValueError if it is not finite.
-at::Tensor decisions(const at::Tensor& mask);
+at::Tensor decisions(const at::Tensor& mask, const char* name = "mask");
 
 }  // namespace las_mm::cpu

@@ -22,7 +22,7 @@ struct Tap {
   int index, count;   // this tap among those of the same weights
 };
 
-constexpr int kMaxTaps = 16;
+constexpr int kMaxTaps = 18;  // 9 taps, each in two parts
 constexpr int64_t kChunkRows = 96;  // positions whose values fit the second-level cache
 
 // Output channels of one group, cut into panels.
@@ -75,12 +75,15 @@ void run_panels(int64_t rows, const Tap<T>* taps, int tap_count, const Panels& p
   }
 }
 
+// Threads that a parallel loop started here would get.
+inline int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
 // Calls f(task) for all tasks; a thread takes the next one when it is free, so that one that is held
 // up by other work on the machine does not hold up the rest.
 template <typename F>
 void parallel_tasks(int64_t tasks, const F& f) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, std::min<int64_t>(tasks, free_threads()), 1, [&](int64_t, int64_t) {
     for (int64_t task = next++; task < tasks; task = next++) f(task);
   });
 }
@@ -91,7 +94,7 @@ void parallel_tasks(int64_t tasks, const F& f) {
 template <typename F>
 void parallel_chunks(int64_t rows, int64_t chunk, int64_t panels, const F& f) {
   if (rows == 0) return;
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = free_threads();
   int64_t row_tasks = ceil_div(rows, chunk);
   int64_t panel_tasks = 1;
   if (row_tasks < threads) {

@@ -44,6 +44,8 @@ using Positions = std::vector<int32_t>;
 // What one call of an op needs; of the current thread, so threads may share a model.
 struct Workspace {
   Buffer map, hidden, bias, zeros, bytes, spread, scores;
+  Buffer scales;  // of squeeze-and-excitation
+  Buffer selected[3], constant, vectors;  // weights of the channels of one image
   Positions kept, dropped, halo, blank, tiles;
 };
 Workspace& workspace();

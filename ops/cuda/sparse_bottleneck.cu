@@ -15,6 +15,7 @@ using Tensors = std::vector<at::Tensor>;
 void run(const at::Tensor& x, Arguments a, const Shape& s, const at::Tensor& out) {
   TORCH_CHECK_VALUE(a.weights[1].numel() > 0,
                     "weights[1] must be given on a GPU, which has no Winograd form");
+  TORCH_CHECK_VALUE(!a.excitation, "excitation must be None on a GPU, which has no kernel for it");
   if (s.images == 0) return;
   make_contiguous(a);
   for (at::Tensor& weight : a.weights) weight = packed_weight(weight);
@@ -56,10 +57,11 @@ at::Tensor run_sparse_bottleneck(const at::Tensor& x, const MaybeTensor& mask, T
                              const MaybeTensor& shortcut, int64_t granularity,
                              at::IntArrayRef strides, int64_t dilation, int64_t groups,
                              double winograd_cost, std::optional<Tensors> dense,
-                             double dense_above) {
+                             double dense_above, std::optional<Tensors> excitation) {
   Arguments a{mask,     std::move(weights), std::move(biases), winograd,
               shortcut, granularity,        strides.vec(),     dilation,
-              groups,   winograd_cost,      std::move(dense),  dense_above};
+              groups,   winograd_cost,      std::move(dense),  dense_above,
+              std::move(excitation)};
   const Shape s = check(x, a);
   check_positions(s.images * s.height * s.width, "x");
   const c10::cuda::CUDAGuard guard(x.device());
@@ -72,12 +74,13 @@ void run_sparse_bottleneck_(const at::Tensor& x, const MaybeTensor& mask, Tensor
                         Tensors biases, const MaybeTensor& winograd, const MaybeTensor& shortcut,
                         int64_t granularity, at::IntArrayRef strides, int64_t dilation,
                         int64_t groups, double winograd_cost, std::optional<Tensors> dense,
-                        double dense_above) {
+                        double dense_above, std::optional<Tensors> excitation) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
   Arguments a{mask,     std::move(weights), std::move(biases), winograd,
               shortcut, granularity,        strides.vec(),     dilation,
-              groups,   winograd_cost,      std::move(dense),  dense_above};
+              groups,   winograd_cost,      std::move(dense),  dense_above,
+              std::move(excitation)};
   const Shape s = check(x, a);
   check_positions(s.images * s.height * s.width, "x");
   const c10::cuda::CUDAGuard guard(x.device());

@@ -175,6 +175,22 @@ def test_term_alone_trains_every_masker(mode):
         assert keep > 0 > drop
 
 
+def test_channel_rates_are_logged():
+    model = classifier(mode=["static", "both", "channel", "layer"])
+    attach(model)
+    losses = losses_of(model)
+    activation = collect_activations(model)
+    assert losses["activation_rate"].item() == pytest.approx(
+        activation.rates[[3, 4, 5, 6, 13, 14, 15]].mean().item()
+    )
+    assert losses["channel_rate"].item() == pytest.approx(
+        activation.rates_channel[3:13].mean().item()
+    )
+    stages = [losses[f"channel_rate_stage{stage}"].item() for stage in (1, 2, 3, 4)]
+    assert stages[0] == stages[3] == 1 and 0 < stages[1] < 1 and 0 < stages[2] < 1
+    assert losses["activation_rate_stage3"] == 1
+
+
 def test_activation_checkpointing_changes_no_gradient(monkeypatch):
     calls = dict(compute=0, masker=0)
     compute, decide = DynamicBottleneck._compute, SpatialMasker.forward

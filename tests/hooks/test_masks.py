@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +65,30 @@ def test_ragged_patches():
     assert share.dtype == np.float32
     np.testing.assert_array_equal(share, expected)
     assert share.mean() == pytest.approx(image_activation(activation, 0).mean_rate.item())
+
+
+def test_channels_count_by_their_share():
+    channel = BlockShape("c", 1, "channel", 0, 8, 4, 8, 4, 4, 1, channel_granularity=2)
+    both = BlockShape("b", 2, "both", 2, 8, 4, 8, 4, 4, 1, channel_granularity=1)
+    decisions = [[[[1, 0], [0, 0]]], [[[1, 1], [1, 1]]]]
+    activation = network((16, 16), [channel, both], [None, decisions])
+    channels = (
+        torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
+        torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]]).bool(),
+    )
+    activation = replace(activation, masks_channel=channels)
+    assert (computed_share(activation, 0, 1) == 0.5).all()
+    expected = np.zeros((16, 16), np.float32)
+    expected[:8, :8] = 0.75
+    np.testing.assert_array_equal(computed_share(activation, 0, 2), expected)
+    own = image_activation(activation, 0)
+    assert own.rates_channel.tolist() == [0.5, 0.75]
+    assert own.shares[:, 0].tolist() == [0.5, 0.25, 0.5]
+    assert own.shares[1, 1].item() == pytest.approx(0.75**2 / 4)
+    with pytest.raises(IndexError, match="from 0 to 1"):
+        computed_share(activation, 2)
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    assert draw_masks(image, activation, 1).shape[2] == 3
 
 
 def test_stride_layer_and_static_blocks():

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from las_mm import ops
-from las_mm.ops import bottleneck, convolution, maps, masks, packing
+from las_mm.ops import bottleneck, channels, convolution, maps, masks, packing
 
 SCALE = float(os.environ.get("LAS_MM_HYPOTHESIS_SCALE", 1))
 SANITIZED = "LAS_MM_SANITIZE" in os.environ
@@ -30,6 +30,9 @@ GUARD = 4096.0  # lies in storage beside what an op may touch
 REFERENCES = {
     "sparse_bottleneck": bottleneck._reference,
     "sparse_bottleneck_": bottleneck._reference_,
+    "channel_bottleneck": channels._reference,
+    "channel_bottleneck_": channels._reference_,
+    "channel_mean": channels._channel_mean_reference,
     "masker_conv1x1": convolution._masker_conv1x1_reference,
     "gather_conv3x3": convolution._gather_conv3x3_reference,
     "conv1x1_scatter_add_": convolution._conv1x1_scatter_add_reference,
@@ -261,14 +264,20 @@ def read_by(kept, size, stride, dilation):
 # The definition ----------------------------------------------------------------------------------
 
 
-def masked_dense(x, mask, kernels, biases, shortcut, granularity, strides, dilation, groups):
-    """relu(identity + mask * branch) in float64, and the scale of its terms for tolerances."""
+def masked_dense(
+    x, mask, kernels, biases, shortcut, granularity, strides, dilation, groups, skip=None
+):
+    """relu(identity + mask * branch) in float64, and the scale of its terms for tolerances.
+
+    ``skip(hidden, i)`` may change the outputs of conv1 (``i == 0``) and conv2.
+    """
+    skip = skip or (lambda hidden, i: hidden)
     x, kernels, biases = x.double(), [k.double() for k in kernels], [b.double() for b in biases]
-    out = F.conv2d(x, kernels[0], biases[0], strides[0]).relu()
+    out = skip(F.conv2d(x, kernels[0], biases[0], strides[0]).relu(), 0)
     out = F.conv2d(
         out, kernels[1], biases[1], strides[1], dilation, dilation=dilation, groups=groups
     )
-    branch = F.conv2d(out.relu(), kernels[2], biases[2])
+    branch = F.conv2d(skip(out.relu(), 1), kernels[2], biases[2])
     if len(kernels) == 3:
         identity = x
     elif shortcut is None:

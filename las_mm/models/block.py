@@ -1,0 +1,239 @@
+"""What every dynamic residual block has: maskers, a decision, a record and a fast form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from las_mm import ops
+from las_mm.models import sparse
+from las_mm.models.activation import Activation, work_shares
+from las_mm.models.maskers import (
+    ChannelMasker,
+    SpatialMasker,
+    dilate_mask,
+    expand_channels,
+    expand_mask,
+)
+from las_mm.models.settings import BlockSettings
+from las_mm.models.snapshot import Snapshot
+
+
+class DynamicBlock(nn.Module):
+    """Mixed into a residual block of conv1 (1x1), conv2 (3x3) and conv3 (1x1).
+
+    Put before the static block among the bases; its constructor runs as it is, then
+    :meth:`make_dynamic` adds the maskers, so the parameters keep their names and static
+    checkpoints load. ``forward`` returns only the features; what was skipped is left in
+    :attr:`activation`. A subclass gives :meth:`_compute` and, where there is a fast form,
+    :meth:`_make_fast`. It reads the block's ``in_channels``, ``mid_channels``, ``conv1_stride``,
+    ``conv2_stride``, ``stride``, ``dilation``, ``conv2``, ``relu`` and ``with_cp``.
+
+    Attributes:
+        mode, granularity, channel_granularity, channel_position: See :class:`BlockSettings`.
+        masker: Decides about patches or the whole block; ``None`` in other modes.
+        masker_channel: Decides about channels; ``None`` in other modes.
+        activation: What the last forward pass did; ``None`` before the first.
+        no_fast_form: Why the block runs masked-dense; ``None`` if it does not.
+    """
+
+    def make_dynamic(self, settings: BlockSettings) -> None:
+        """Give the block the maskers of ``settings``; those it had are dropped.
+
+        Raises:
+            ValueError: ``channel_granularity`` does not divide the bottleneck's channels.
+        """
+        self.mode = settings.mode
+        self.granularity = settings.granularity
+        self.channel_granularity = settings.channel_granularity
+        self.channel_position = settings.channel_position
+        self.masker = SpatialMasker(self.in_channels) if settings.spatial else None
+        self.masker_channel = None
+        if settings.channel:
+            width, size = self.mid_channels, settings.channel_granularity
+            if width % size:
+                raise ValueError(
+                    f"channel_granularity must divide the {width} channels between the block's "
+                    f"convolutions, got {size}"
+                )
+            self.masker_channel = ChannelMasker(
+                self.in_channels,
+                width // size,
+                settings.channel_masker,
+                settings.channel_masker_layers,
+                settings.channel_reduction,
+            )
+        self.activation: Activation | None = None
+        self.no_fast_form: str | None = None
+        self._fast: sparse.FastBottleneck | None = None
+        self._snapshot: Snapshot | None = None
+        self._made_for: tuple | None = None
+
+    def maskers(self) -> list[SpatialMasker | ChannelMasker]:
+        """The maskers that the block has."""
+        return [masker for masker in (self.masker, self.masker_channel) if masker is not None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        if not self.training and sparse.wanted(x):
+            return self.infer(x)
+        return self._forward(x)
+
+    def infer(self, x: Tensor, in_place: bool = False) -> Tensor:
+        """``forward`` in eval mode without gradients: the fast form where there is one.
+
+        Args:
+            x: (N, C_in, H, W).
+            in_place: Whether ``x`` is the output of a ReLU that nobody else reads, so that it may
+                be overwritten.
+        """
+        fast = self.prepare()
+        if fast is None or x.dtype != fast.weights[0].dtype:
+            return self._forward(x)
+        return fast(self, x, in_place)
+
+    def prepare(self) -> sparse.FastBottleneck | None:
+        """Fold and pack the weights unless that is done; ``None`` if only the training form runs.
+
+        Raises:
+            RuntimeError: Inside ``torch.compile`` or ``torch.export`` before the first call.
+        """
+        if torch.compiler.is_compiling():
+            if self._snapshot is None:
+                raise RuntimeError(sparse.PREPARE_FIRST)
+            return self._fast
+        made_for = (
+            self.mode,
+            self.granularity,
+            self.masker,
+            self.channel_granularity,
+            self.channel_position,
+            self.masker_channel,
+        )
+        if self._snapshot is None or made_for != self._made_for or self._snapshot.stale():
+            self._made_for = made_for
+            try:
+                self._fast = self._make_fast()
+                self.no_fast_form = None
+            except sparse.Unsupported as reason:
+                self._fast = None
+                self.no_fast_form = str(reason)
+            self._snapshot = Snapshot(self)
+        return None if self._snapshot.hooked() else self._fast
+
+    def hooked_inside(self) -> bool:
+        """Whether a module of this block has forward hooks, which may keep what they are given."""
+        return self._snapshot is not None and self._snapshot.hooked()
+
+    def train(self, mode: bool = True) -> DynamicBlock:
+        """The parent's; the fast form is made anew, as weights may be swapped in between."""
+        self._fast = self._snapshot = None
+        return super().train(mode)
+
+    def _make_fast(self) -> sparse.FastBottleneck:
+        """The packed form of this block.
+
+        Raises:
+            sparse.Unsupported: It has a part without a fast form.
+        """
+        raise sparse.Unsupported(f"{type(self).__name__} has no fast form")
+
+    def _compute(self, x: Tensor, mask: Tensor | None, channels: Tensor | None) -> Tensor:
+        """The block with dense convolutions.
+
+        Args:
+            x: (N, C_in, H, W).
+            mask: (N, 1, H_out or 1, W_out or 1) of zeros and ones; ``None``: everything is kept.
+            channels: (N, mid_channels, 1, 1) of zeros and ones, gating the outputs of conv1 and
+                conv2; ``None``: everything is kept.
+        """
+        raise NotImplementedError
+
+    def _gated(self, out: Tensor, norm: nn.Module, channels: Tensor | None) -> Tensor:
+        """Norm and ReLU after conv1 or conv2, skipped channels gated at ``channel_position``."""
+        if channels is None:
+            return self.relu(norm(out))
+        channels = channels.to(out.dtype)
+        if self.channel_position == "before_norm":
+            return self.relu(norm(out * channels))
+        return self.relu(norm(out)) * channels
+
+    def _forward(self, x: Tensor) -> Tensor:
+        mask = channels = None
+        if self.masker is None and self.masker_channel is None:
+            self.activation = Activation.full(x)
+        else:
+            # Outside the checkpointed part: noise is drawn once and the activation has its graph.
+            mask, channels = self._decide(x)
+        if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._compute, x, mask, channels, use_reentrant=False)
+        return self._compute(x, mask, channels)
+
+    def _decide(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Run the maskers, leave the activation, return the masks that :meth:`_compute` takes."""
+        mask = coarse = channels = groups = None
+        if self.masker is not None:
+            mask, coarse, rates, dilated = self._decide_positions(x)
+        else:
+            rates = dilated = torch.ones(len(x), device=x.device)
+        rate, rate_dilated = rates.mean(), dilated.mean()
+        rate_channel, shares = torch.ones_like(rate), None
+        if self.masker_channel is not None:
+            groups = self.masker_channel(x)
+            rate_channel = groups.mean()
+            channels = expand_channels(groups, self.channel_granularity)
+            shares = work_shares(rates, dilated, channels[:, :, 0, 0], self.conv2.groups)
+        self.activation = Activation(
+            rate=rate,
+            rate_dilated=rate_dilated,
+            rate_channel=rate_channel,
+            mask=None if coarse is None else coarse.detach(),
+            mask_channel=None if groups is None else groups.detach(),
+            shares=shares,
+        )
+        return mask, channels
+
+    def _decide_positions(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(mask to multiply with, hard decisions, rates (N,), conv1's dilated rates (N,))."""
+        if self.mode == "layer":
+            mask = self.masker(x, None)
+            rates = mask.flatten()
+            return mask, mask, rates, rates
+        conv1_hw = tuple(-(-n // self.conv1_stride) for n in x.shape[-2:])
+        out_hw = tuple(-(-n // self.stride) for n in x.shape[-2:])
+        coarse = self.masker(x, self.granularity * self.stride)
+        mask = expand_mask(coarse, self.granularity, out_hw)
+        # Tracing (mmdet's FLOPs counters) records sizes as tensors, which the op cannot take.
+        if coarse.requires_grad or torch.jit.is_tracing():
+            halo = dilate_mask(mask, conv1_hw, self.conv2_stride, self.dilation)
+            return mask, coarse, mask.mean(dim=(1, 2, 3)), halo.mean(dim=(1, 2, 3))
+        _, counts = ops.dilate_mask(
+            coarse, self.granularity, conv1_hw, self.conv2_stride, self.dilation
+        )
+        areas = counts.new_tensor([math.prod(out_hw), math.prod(conv1_hw)])
+        return mask, coarse, *(counts / areas).unbind(1)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles start without a record: it may hold the graph of a training step.
+        # Packed weights are derived.
+        return {
+            **self.__dict__,
+            "activation": None,
+            "_fast": None,
+            "_snapshot": None,
+            "_made_for": None,
+        }
+
+    def _apply(self, *args, **kwargs) -> DynamicBlock:
+        self._fast = self._snapshot = None  # .to() may swap the data of a parameter in place
+        return super()._apply(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        patch = f", S={self.granularity}" if self.mode in ("spatial", "both") else ""
+        group = ""
+        if self.mode in ("channel", "both"):
+            group = f", G={self.channel_granularity}, {self.channel_position}"
+        return f"mode={self.mode}{patch}{group}"

@@ -1,0 +1,259 @@
+"""Channel skipping: a bottleneck of which every image computes the channels that it wants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from las_mm.ops import bottleneck
+from las_mm.ops.convolution import convolve, empty_map, expand
+from las_mm.ops.library import LIBRARY
+from las_mm.ops.masks import MASK_DTYPES, check_map, check_vector
+
+_SCHEMA = (
+    "Tensor? mask, Tensor channel_mask, Tensor[] weights, Tensor[] biases, Tensor[]? constants, "
+    "Tensor? winograd, Tensor? shortcut, int granularity, int[2] strides, int dilation, "
+    "int groups, float winograd_cost, Tensor[]? excitation=None"
+)
+
+# channel_bottleneck ------------------------------------------------------------------------------
+
+
+class _Arguments(NamedTuple):
+    """All arguments after ``x``, see :func:`channel_bottleneck`."""
+
+    mask: Tensor | None
+    channel_mask: Tensor
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    constants: Sequence[Tensor] | None
+    winograd: Tensor | None
+    shortcut: Tensor | None
+    granularity: int
+    strides: Sequence[int]
+    dilation: int
+    groups: int
+    winograd_cost: float
+    excitation: Sequence[Tensor] | None = None
+
+    @property
+    def without_channels(self) -> bottleneck._Arguments:
+        """Those that :func:`~las_mm.ops.sparse_bottleneck` takes."""
+        values = self._asdict()
+        del values["channel_mask"], values["constants"]
+        return bottleneck._Arguments(**values)
+
+
+def _check(x: Tensor, a: _Arguments) -> list[int]:
+    """Raise ValueError as ops/cpu/channel_bottleneck.cpp does; return (H, W) of the output."""
+    size = bottleneck._check(x, a.without_channels)
+    width, shape = a.biases[0].numel(), a.channel_mask.shape
+    if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] <= 0 or width % shape[1]:
+        raise ValueError(
+            f"channel_mask must have shape ({x.shape[0]}, k) with k dividing {width} channels, "
+            f"got {list(shape)}"
+        )
+    if a.channel_mask.dtype not in MASK_DTYPES:
+        raise ValueError(
+            f"channel_mask must be bool, uint8 or floating point, got {a.channel_mask.dtype}"
+        )
+    if a.channel_mask.device != x.device:
+        raise ValueError(f"channel_mask must be on {x.device}, got {a.channel_mask.device}")
+    if a.constants is not None:
+        if len(a.constants) != 2:
+            raise ValueError(
+                "constants must be None or those of conv1's and conv2's outputs, got "
+                f"{len(a.constants)}"
+            )
+        for i, constant in enumerate(a.constants):
+            check_vector(constant, f"constants[{i}]", width, torch.float32, x)
+        if a.excitation is not None:
+            raise ValueError("constants must be None with excitation")
+    return size
+
+
+def _reference(x: Tensor, *arguments) -> Tensor:
+    a = _Arguments(*arguments)
+    size = _check(x, a)
+    width = a.biases[0].numel()
+    wanted = a.channel_mask
+    if wanted.is_floating_point() and not wanted.isfinite().all():
+        raise ValueError("channel_mask must be finite, got NaN or infinity")
+    wanted = (wanted > 0.5).repeat_interleave(width // wanted.shape[1], 1)[:, :, None, None]
+
+    def skip(out: Tensor, which: int) -> Tensor:
+        constant = out.new_zeros(width) if a.constants is None else a.constants[which]
+        return torch.where(wanted, out.relu(), constant[:, None, None]).to(x.dtype)
+
+    out = skip(convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1), 0)
+    if a.winograd is not None and not a.weights[1].numel():
+        out = bottleneck._winograd(out, a.winograd, a.biases[1])
+    else:
+        out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
+    out = skip(out, 1)
+    if a.excitation is not None:
+        kept = bottleneck._kept(a.without_channels, size)
+        out = bottleneck._excite(out, kept, a.excitation)
+    out = convolve(out, a.weights[2], a.biases[2], 1, 1, 1, 1)
+    return bottleneck._add_shortcut(x, out, a.without_channels, size)
+
+
+def _reference_(x: Tensor, *arguments) -> None:
+    a = _Arguments(*arguments)
+    bottleneck._check_in_place(a.without_channels)
+    out = _reference(x, *arguments)
+    if a.mask is not None:
+        out = torch.where(expand(a.mask, "mask", x.shape[2:], a.granularity), out, x)
+    x.copy_(out)
+
+
+def _fake(x: Tensor, *arguments) -> Tensor:
+    a = _Arguments(*arguments)
+    return empty_map(x, a.biases[2].numel(), _check(x, a))
+
+
+def _fake_(x: Tensor, *arguments) -> None:
+    a = _Arguments(*arguments)
+    bottleneck._check_in_place(a.without_channels)
+    _check(x, a)
+
+
+LIBRARY.define(f"channel_bottleneck(Tensor x, {_SCHEMA}) -> Tensor")
+LIBRARY.impl("channel_bottleneck", _reference, "CompositeExplicitAutograd")
+torch.library.register_fake("las_mm::channel_bottleneck", _fake, lib=LIBRARY)
+LIBRARY.define(f"channel_bottleneck_(Tensor(a!) x, {_SCHEMA}) -> ()")
+LIBRARY.impl("channel_bottleneck_", _reference_, "CompositeExplicitAutograd")
+torch.library.register_fake("las_mm::channel_bottleneck_", _fake_, lib=LIBRARY)
+
+
+def channel_bottleneck(
+    x: Tensor,
+    mask: Tensor | None,
+    channel_mask: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    constants: Sequence[Tensor] | None = None,
+    winograd: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    granularity: int = 1,
+    strides: Sequence[int] = (1, 1),
+    dilation: int = 1,
+    groups: int = 1,
+    winograd_cost: float = 1.0,
+    excitation: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """:func:`~las_mm.ops.sparse_bottleneck` of which every image computes some channels only.
+
+    LAUDNet (arXiv 2308.15949), section 3.2: one channel mask gates the outputs of conv1 and of
+    conv2, with BN folded into the convolutions. With the share rho of the channels wanted, conv1
+    and conv3 cost rho and conv2 rho^2 of the whole; with ``mask`` also only at kept outputs. No
+    gradient.
+
+    Args:
+        x, mask, weights, biases, winograd, shortcut, granularity, strides, dilation, groups,
+            winograd_cost: See :func:`~las_mm.ops.sparse_bottleneck`.
+        channel_mask: Decision per image and group of consecutive channels, (N, k); k divides the
+            width of the block, a group has width / k channels.
+        constants: What skipped channels of conv1's and of conv2's output hold, two float32 vectors
+            of the block's width, e.g. relu(BN(0)) where the mask lies before the norm; ``None``:
+            zero. conv2's padding is zero all the same.
+        excitation: As there; skipped channels enter its means as zeros. Not with ``constants``.
+
+    Returns:
+        (N, C_out, H_out, W_out), channels_last.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit, or a mask is not finite.
+    """
+    return torch.ops.las_mm.channel_bottleneck(
+        x,
+        mask,
+        channel_mask,
+        weights,
+        biases,
+        constants,
+        winograd,
+        shortcut,
+        granularity,
+        strides,
+        dilation,
+        groups,
+        winograd_cost,
+        excitation,
+    )
+
+
+def channel_bottleneck_(
+    x: Tensor,
+    mask: Tensor | None,
+    channel_mask: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    constants: Sequence[Tensor] | None = None,
+    winograd: Tensor | None = None,
+    granularity: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    winograd_cost: float = 1.0,
+    excitation: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """:func:`channel_bottleneck` of a block without downsample convolution, written into ``x``.
+
+    Dropped positions are left as they are, see :func:`~las_mm.ops.sparse_bottleneck_`.
+
+    Returns:
+        ``x``.
+    """
+    torch.ops.las_mm.channel_bottleneck_(
+        x,
+        mask,
+        channel_mask,
+        weights,
+        biases,
+        constants,
+        winograd,
+        None,
+        granularity,
+        (1, 1),
+        dilation,
+        groups,
+        winograd_cost,
+        excitation,
+    )
+    return x
+
+
+# channel_mean ------------------------------------------------------------------------------------
+
+
+def _channel_mean_reference(x: Tensor) -> Tensor:
+    check_map(x, "x")
+    return x.float().mean((2, 3))
+
+
+def _channel_mean_fake(x: Tensor) -> Tensor:
+    check_map(x, "x")
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+LIBRARY.define("channel_mean(Tensor x) -> Tensor")
+LIBRARY.impl("channel_mean", _channel_mean_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("las_mm::channel_mean", _channel_mean_fake, lib=LIBRARY)
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """Global average pool, what a channel masker reads, in one pass over a channels_last map.
+
+    Args:
+        x: (N, C, H, W), float32 or bfloat16.
+
+    Returns:
+        (N, C), float32. No gradient.
+
+    Raises:
+        ValueError: A wrong shape or dtype.
+    """
+    return torch.ops.las_mm.channel_mean(x)
