@@ -37,7 +37,9 @@ class ExcitedBlock:
         width, g = self.block.channels[1], self.block.generator
         shapes = [(self.squeezed, width), (self.squeezed,), (width, self.squeezed), (width,)]
         weights = [torch.randn(shape, generator=g) for shape in shapes]
-        return [cases.strided(w) for w in weights] if self.block.strided_parameters else weights
+        if self.block.strided_parameters:
+            return [torch.stack([w, w], -1)[..., 0] for w in weights]
+        return weights
 
     @property
     def arguments(self):
