@@ -38,7 +38,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("source", metavar="SRC", help="the checkpoint to read")
     add("destination", metavar="DST", type=Path, help="the file to write")
     add("--spec", type=Path, help="JSON file that describes the network")
-    add("--mode", help="without --spec: mode of all blocks, such as layer, where keys leave it open")
+    add(
+        "--mode", help="without --spec: mode of all blocks, such as layer, where keys leave it open"
+    )
     add("--granularity", type=int, nargs="+", help="without --spec: S, one, 4 or one per block")
     add("--bare", action="store_true", help="only the backbone, its keys without prefix")
     add("--report", type=Path, help="write what became of every key into this JSON file")

@@ -180,9 +180,7 @@ def _is_head(key: str, prefix: str) -> bool:
     return key.startswith(outer) and key.removeprefix(outer) in heads
 
 
-def _complete(
-    config: dict, mode: object, granularity: object, settings: dict[str, object]
-) -> dict:
+def _complete(config: dict, mode: object, granularity: object, settings: dict[str, object]) -> dict:
     """What the keys leave open, filled from what the caller gave."""
     blocks = config["mode"]
     flat = {

@@ -114,7 +114,9 @@ def _settings(weights: dict[str, Tensor], stages: list[int]) -> dict:
         channel_granularity=2, channel_masker="mlp", channel_masker_layers=2, channel_reduction=16
     )
     found = {
-        name: shorten([[block.get(name, defaults.get(name)) for block in stage] for stage in blocks])
+        name: shorten(
+            [[block.get(name, defaults.get(name)) for block in stage] for stage in blocks]
+        )
         for name in names
     }
     if any("channel_granularity" in block for stage in blocks for block in stage):
