@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,8 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from las_mm import preflight
-from las_mm.benchmark.masks import force_masks
 from las_mm.benchmark.subject import randomize
-from las_mm.models import plan, sparse
+from las_mm.models import collect_activations, flops_report, plan, sparse
 from las_mm.registry import HOOKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +34,16 @@ LAUDNET = {  # FLOPs target of channel and of layer, backbone lr multiplier
     "retinanet": (0.6, 0.5, 0.2),
 }
 CLASSES = 10  # of the shrunk networks
+
+
+@cache
+def _parsed(name: str) -> Config:
+    return Config.fromfile(ROOT / "configs" / name)
+
+
+def parsed(name: str) -> Config:
+    """A config of the environment below, to change at will: each is read once."""
+    return deepcopy(_parsed(name))
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +73,7 @@ def no_measuring(monkeypatch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_builds(name, no_drawing):
-    cfg = Config.fromfile(ROOT / "configs" / name)
+    cfg = parsed(name)
     model = preflight.build_model(cfg)
     preflight.check_hooks(cfg, model)
     if name in COCO:
@@ -74,9 +85,9 @@ def test_builds(name, no_drawing):
 
 
 @pytest.mark.parametrize("detector", RECIPES)
-def test_recipe(detector):
+def test_recipe(detector, no_drawing):
     target, lr_mult = RECIPES[detector]
-    cfg = Config.fromfile(ROOT / "configs" / f"{detector}_lasnet_r101.py")
+    cfg = parsed(f"{detector}_lasnet_r101.py")
     hooks = {hook["type"]: hook for hook in cfg.custom_hooks}
     assert hooks["las_mm.BudgetHook"]["loss"]["target"] == target
     assert hooks["las_mm.TemperatureHook"] == dict(
@@ -86,7 +97,7 @@ def test_recipe(detector):
     assert keys.backbone == dict(lr_mult=lr_mult, decay_mult=0.9)
     assert tuple(cfg.model.backbone.granularity) == (4, 4, 2, 1)
     assert cfg.train_cfg.max_epochs == 12
-    twin = Config.fromfile(ROOT / "configs" / f"{detector}_resnet_r101.py")
+    twin = parsed(f"{detector}_resnet_r101.py")
     assert twin.model.backbone.mode == "static"
     init_default_scope("mmdet")
     assert not MODELS.build(twin.model).backbone.maskers()
@@ -114,7 +125,7 @@ def test_data_root_defaults(monkeypatch):
 @pytest.mark.parametrize("detector", LAUDNET)
 def test_recipe_of_laudnet(detector, mode):
     *targets, lr_mult = LAUDNET[detector]
-    cfg = Config.fromfile(ROOT / "configs" / f"{detector}_laudnet_r101_{mode}.py")
+    cfg = parsed(f"{detector}_laudnet_r101_{mode}.py")
     hooks = {hook["type"]: hook for hook in cfg.custom_hooks}
     target = targets[mode == "layer"]
     assert hooks["las_mm.BudgetHook"]["loss"] == dict(type="las_mm.BudgetLoss", target=target)
@@ -231,11 +242,15 @@ def step_and_infer(cfg: Config) -> None:
 
     model.eval()
     randomize(model.backbone)  # features of a sensible size
-    force_masks(model.backbone, images.shape, 0.5, "random")
+    for masker in model.backbone.maskers():
+        for name, parameter in masker.named_parameters():
+            (nn.init.normal_ if "weight" in name else nn.init.zeros_)(parameter)
     with torch.no_grad():
         outs = model.backbone(images)
         reasons = {block.no_fast_form for block in model.backbone.blocks()}
         assert reasons == {None}
+        if model.backbone.maskers():
+            assert flops_report(collect_activations(model)).ratio < 0.95
         with sparse.masked_dense():
             expected = model.backbone(images)
         results = model(images, samples(cfg.model, 2), mode="predict")
@@ -246,7 +261,7 @@ def step_and_infer(cfg: Config) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trains_and_infers(name, no_measuring):
-    cfg = Config.fromfile(ROOT / "configs" / name)
+    cfg = parsed(name)
     shrink(cfg.model)
     step_and_infer(cfg)
 
@@ -254,7 +269,7 @@ def test_trains_and_infers(name, no_measuring):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trains_and_infers_in_full_size(name, no_measuring):
-    cfg = Config.fromfile(ROOT / "configs" / name)
+    cfg = parsed(name)
     if name in IMAGENET:
         cfg.model.head.num_classes = CLASSES
     step_and_infer(cfg)
@@ -272,6 +287,7 @@ def config_table():
 
 def test_table_and_metafile_are_up_to_date(monkeypatch, tmp_path):
     tool = config_table()
+    monkeypatch.setattr(tool, "read", lambda path: parsed(str(path.relative_to(ROOT / "configs"))))
     tool.main(["--check"])
     text = (ROOT / "configs" / "README.md").read_text()
     rows = [tool.describe(ROOT / "configs" / "mask_rcnn_laudnet_r101_channel.py")]

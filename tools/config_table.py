@@ -49,18 +49,17 @@ def configs() -> list[Path]:
     return [*sorted(folder.glob("*.py")), *sorted(folder.glob("imagenet/*.py"))]
 
 
+def read(path: Path) -> Config:
+    """A config, whatever the shell says about data and weights."""
+    with patch.dict(os.environ):
+        for name in [name for name in os.environ if name.startswith("LAS_MM_")]:
+            del os.environ[name]
+        return Config.fromfile(path)
+
+
 def describe(path: Path) -> dict:
     """What the table and the metafile say of a config."""
-    # What the shell says must not get into the files.
-    with patch.dict(os.environ):
-        for name in (
-            "LAS_MM_COCO",
-            "LAS_MM_IMAGENET",
-            "LAS_MM_PRETRAINED",
-            "LAS_MM_PRETRAINED_PREFIX",
-        ):
-            os.environ.pop(name, None)
-        cfg = Config.fromfile(path)
+    cfg = read(path)
     backbone = cfg.model.backbone
     mode = backbone.get("mode", "spatial")
     hooks = {hook_name(hook): hook for hook in cfg.get("custom_hooks") or []}

@@ -61,11 +61,12 @@ def _stages(weights: dict[str, Tensor]) -> list[int]:
     blocks = [found[stage] for stage in sorted(found)]
     for stage, count in enumerate(blocks, start=1):
         for i in range(count):
-            if f"layer{stage}.{i}.conv3.weight" not in weights:
-                raise ValueError(
-                    f"block layer{stage}.{i} has no conv3: networks of basic blocks (ResNet-18 and "
-                    "34) have no dynamic form"
-                )
+            for conv in ("conv1", "conv2", "conv3"):
+                if f"layer{stage}.{i}.{conv}.weight" not in weights:
+                    raise ValueError(
+                        f"block {i} of stage {stage} has no {conv}: bottlenecks of three "
+                        "convolutions are needed (ResNet-18 and 34 have basic blocks)"
+                    )
     return blocks
 
 
@@ -79,6 +80,12 @@ def _resnet(weights: dict[str, Tensor], stages: list[int]) -> dict:
     conv2 = weights["layer1.0.conv2.weight"]
     if conv2.shape[0] != conv2.shape[1]:
         raise ValueError("conv2 has groups: ResNeXts have no dynamic form here")
+    width, widened = (len(weights[f"layer1.0.{name}.weight"]) for name in ("conv1", "conv3"))
+    if widened != 4 * width:
+        raise ValueError(
+            f"a block must have 4 times as many outputs as inner channels, got {widened} and "
+            f"{width}: wide ResNets have no dynamic form here"
+        )
     return dict(
         type="las_mm.LASResNet",
         depth=_DEPTHS[tuple(stages)],
