@@ -192,7 +192,6 @@ def resnet(**changes) -> dict:
         (torchvision.models.resnet18, {}, "basic blocks"),
         (torchvision.models.resnext50_32x4d, {}, "conv2 has groups"),
         (torchvision.models.wide_resnet50_2, {}, "wide ResNets have no dynamic form"),
-        (torchvision.models.regnet_y_16gf, {}, "no RegNetY that is known"),
         (dict(layer1__0__conv2__weight=None), {}, "block 0 of stage 1 has no conv2"),
         (
             dict(layer3__2__bn1__bias=None),
@@ -217,6 +216,13 @@ def test_refused(checkpoint, kwargs, message):
         checkpoint = resnet(**checkpoint)
     with pytest.raises(ValueError, match=message):
         convert(checkpoint, **kwargs)
+
+
+def test_unknown_regnets_are_refused():
+    weights = LASRegNet("regnety_400mf", mode="static").state_dict()
+    weights["layer1.0.conv2.weight"] = torch.zeros(48, 16, 3, 3)
+    with pytest.raises(ValueError, match=r"no RegNetY .* stages of 1 x 48 \(groups of 16\)"):
+        convert(weights)
 
 
 def test_two_networks_are_refused():
