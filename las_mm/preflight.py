@@ -7,6 +7,7 @@ the way out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import os.path as osp
@@ -190,25 +191,32 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
     from las_mm.models.maskers import is_masker
 
     way_out = "set LAS_MM_PRETRAINED to a checkpoint file or URL, or to none to start from scratch"
+    static = cfg.model.get("static_checkpoint")
+    if static is not None:
+        try:
+            with _download_timeout():
+                model.static_weights()
+        except Exception as error:  # network, file, zip, pickle: the reason is in the message
+            raise UserError(
+                f"static weights {static} cannot be used ({_last_line(error)}); {way_out}"
+            ) from error
     init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
     for entry in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]:
         if not isinstance(entry, dict) or entry.get("type") != "Pretrained":
             continue
         source = entry["checkpoint"]
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         try:
-            if _is_remote(source):
-                checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
-            else:
-                checkpoint = load_checkpoint(source)
+            with _download_timeout():
+                if _is_remote(source):
+                    checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
+                else:
+                    checkpoint = load_checkpoint(source)
             weights = state_dict(checkpoint, source)
         except Exception as error:  # network, file, zip, pickle: the reason is in the message
             raise UserError(
                 f"initial weights {source} cannot be loaded ({_last_line(error)}); {way_out}"
             ) from error
-        finally:
-            socket.setdefaulttimeout(timeout)
+        _check_position(checkpoint, model.backbone, source)
         prefix = entry.get("prefix") or ""
         prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
         own = {
@@ -225,13 +233,45 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
         if missing or shapes:
             hint = ""
             if not prefix and all("backbone." + key in weights for key in own):
-                hint = "; its backbone's are there under --cfg-options "
-                hint += "model.backbone.init_cfg.prefix=backbone."
+                hint = "; its backbone's are there with LAS_MM_PRETRAINED_PREFIX=backbone. or "
+                hint += "--cfg-options model.backbone.init_cfg.prefix=backbone."
             raise UserError(
                 f"initial weights {source} are of another architecture: of {len(own)} weights of "
                 f"the backbone {len(missing)} are missing and {len(shapes)} have another shape, "
                 f"e.g. {(missing + shapes)[0]}{hint}; {way_out}"
             )
+
+
+def _check_position(checkpoint: dict, backbone: nn.Module, source: str) -> None:
+    """Channel masks sit where they did when the weights were trained, which no key tells.
+
+    Raises:
+        UserError: A converted checkpoint says that they sit elsewhere.
+    """
+    meta = checkpoint.get("meta")
+    trained = meta.get("backbone") if isinstance(meta, dict) else None
+    position = trained.get("channel_position") if isinstance(trained, dict) else None
+    if not isinstance(position, str):
+        return
+    blocks = getattr(backbone, "blocks", list)()
+    own = {block.channel_position for block in blocks if block.mode in ("channel", "both")}
+    if own - {position}:
+        raise UserError(
+            f"initial weights {source} were trained with channel_position {position!r}, the config "
+            f"has {sorted(own - {position})[0]!r}: add --cfg-options "
+            f"model.backbone.channel_position={position}"
+        )
+
+
+@contextlib.contextmanager
+def _download_timeout() -> Iterator[None]:
+    """Unreachable weights are given up after :data:`DOWNLOAD_TIMEOUT` seconds."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def state_dict(checkpoint: object, source: str) -> dict[str, torch.Tensor]:

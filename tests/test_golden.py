@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from las_mm.latency import BlockShape, block_report
-from las_mm.models import LASResNet, collect_activations, flops_report
-from las_mm.models.released import convert_resnet, resnet_arguments
+from las_mm.models import released
+from las_mm.registry import MODELS
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "golden"
 GOLDEN = Path(os.environ.get("LAS_MM_GOLDEN", DEFAULT))
@@ -63,12 +63,6 @@ def test_simulator(row: dict) -> None:
     assert report.latency_s == pytest.approx(row["latency_s"], rel=1e-3)
 
 
-def build(spec: dict) -> LASResNet:
-    if spec["family"] != "resnet":
-        pytest.skip(f"{spec['family']} is not built yet")
-    return LASResNet(**resnet_arguments(spec), out_indices=(0, 1, 2, 3)).eval()
-
-
 def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
     """Largest difference over largest reference value, in the reference's precision."""
     expected = torch.from_numpy(reference)
@@ -80,22 +74,16 @@ def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
 def test_model(path: Path) -> None:
     reference = json.loads(path.read_text())
     spec = reference["spec"]
-    net = build(spec)
-    weights = torch.load(path.with_suffix(".pth"), weights_only=True)["state_dict"]
-    weights = convert_resnet(weights)
-    classifier = {key: weights.pop(key) for key in ("fc.weight", "fc.bias")}
-    net.load_state_dict(weights, strict=True)
-
+    net = released.load(path.with_suffix(".pth"), spec)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        features = net(images)
-    logits = features[-1].mean((2, 3)) @ classifier["fc.weight"].T + classifier["fc.bias"]
+        logits, features = net(images)
     arrays = np.load(path.with_suffix(".npz"))
     assert relative_error(logits, arrays["logits"]) < 1e-4
     for i, feature in enumerate(features, start=1):
         assert relative_error(feature, arrays[f"feat{i}"]) < 1e-4, f"stage {i}"
 
-    activation = collect_activations(net)
+    activation = net.activation()
     for key, ours in dict(
         rate=activation.rates,
         rate_dilated=activation.rates_dilated,
@@ -103,11 +91,42 @@ def test_model(path: Path) -> None:
         rate_conv2=activation.rates,
         rate_conv1=activation.rates_dilated,
         rate_channel=activation.rates_channel,
-        flops_perc=flops_report(activation, counting="released").block_ratios,
+        flops_perc=net.flops_percentages(),
     ).items():
         if key in reference:
             expected = np.hstack(reference[key])  # per block, or per stage and block
             assert ours.tolist() == pytest.approx(expected.tolist(), abs=1e-6), key
-    report = flops_report(activation, counting="released")
-    head = features[-1].shape[1] + classifier["fc.weight"].numel()  # global pool, classifier
-    assert float(report.dynamic) + head == pytest.approx(reference["flops"], rel=1e-6)
+    assert float(net.total_macs()) == pytest.approx(reference["flops"], rel=1e-6)
+
+
+@pytest.mark.parametrize("path", models())
+def test_keys_tell_the_same_network(path: Path) -> None:
+    """What is read off keys and shapes is what the specification says, where it says something."""
+    spec = json.loads(path.read_text())["spec"]
+    checkpoint = torch.load(path.with_suffix(".pth"), weights_only=True)
+    expected = released.backbone_config(spec)
+    # S is in no key, and skipped layers look like patches.
+    net = MODELS.build(dict(expected))
+    modes = {block.mode for stage in net.settings for block in stage}
+    given = dict(mode=spec["mode"]) if "layer" in modes else {}
+    if modes & {"spatial", "both"}:
+        given["granularity"] = net.granularity
+    found = released.convert(checkpoint, **given)
+    assert not found.unused and not found.missing
+    read = [
+        [{name: getattr(block, name) for name in fields_of(block)} for block in sum(settings, ())]
+        for settings in (MODELS.build(dict(found.backbone)).settings, net.settings)
+    ]
+    assert read[0] == read[1]
+    assert found.backbone.get("se_pool", "all") == expected.get("se_pool", "all")
+
+
+def fields_of(block) -> list[str]:
+    """The settings that a block of its mode reads, but the reduction, which may be ambiguous."""
+    names = ["mode"]
+    if block.mode in ("spatial", "both"):
+        names.append("granularity")
+    if block.channel:
+        names += ["channel_granularity", "channel_masker", "channel_position"]
+        names += ["channel_masker_layers"] if block.channel_masker == "mlp" else []
+    return names

@@ -3,6 +3,7 @@
 LAS_MM_COCO        folder of the COCO data set, default data/coco/
 LAS_MM_PRETRAINED  initial backbone weights: a file, a URL, or 'none' to start from scratch;
                    default torchvision://resnet101 (static weights: maskers start mostly on)
+LAS_MM_PRETRAINED_PREFIX  what their keys begin with, such as 'backbone.' in a classifier
 """
 
 import os
@@ -27,7 +28,11 @@ las_mm.update(
         freeze_maskers=False,
         init_cfg=None
         if las_mm["pretrained"] == "none"
-        else dict(type="Pretrained", checkpoint=las_mm["pretrained"]),
+        else dict(
+            type="Pretrained",
+            checkpoint=las_mm["pretrained"],
+            prefix=os.environ.get("LAS_MM_PRETRAINED_PREFIX") or None,
+        ),
     ),
     train_dataloader=dict(
         # Workers seeded anew each epoch make a resumed run repeat the uninterrupted one.

@@ -12,6 +12,7 @@ from las_mm.models.activation import (  # noqa: E402
     find_dynamic_backbone,
 )
 from las_mm.models.bottleneck import DynamicBottleneck  # noqa: E402
+from las_mm.models.distill import DistilledClassifier  # noqa: E402
 from las_mm.models.flops import flops_report  # noqa: E402
 from las_mm.models.maskers import ChannelMasker, SpatialMasker  # noqa: E402
 from las_mm.models.regnet import LASRegNet  # noqa: E402
@@ -20,6 +21,7 @@ from las_mm.models.resnet import LASResNet  # noqa: E402
 __all__ = [
     "Activation",
     "ChannelMasker",
+    "DistilledClassifier",
     "DynamicBottleneck",
     "LASRegNet",
     "LASResNet",

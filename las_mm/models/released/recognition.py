@@ -1,0 +1,190 @@
+"""What the keys and shapes of a checkpoint say about its network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from las_mm.latency.regnet import ARCHS, regnet_stages
+from las_mm.latency.shapes import channel_hidden
+
+_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.")
+_DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+# The usual ones first: several may give the same number of hidden channels.
+_REDUCTIONS = dict.fromkeys((16, 8, 4, 32, 2, 1, 64, *range(3, 64)))
+
+
+def recognise(weights: dict[str, Tensor]) -> dict:
+    """The config of the backbone that these weights belong to, as far as they tell.
+
+    Depth or arch, width, the maskers of each block, G and the masker's layers and reduction follow
+    from names and shapes. Positions and layers have the same masker: such blocks are called
+    ``'spatial'`` and their S, which no shape tells, is left out. Where the channel mask sits and
+    what squeeze-and-excitation averages over is taken to be as in the authors' networks.
+
+    Args:
+        weights: Under our names, see :mod:`las_mm.models.released.names`.
+
+    Returns:
+        Arguments of the backbone with its ``type``; ``mode`` is ``'static'`` without maskers.
+
+    Raises:
+        ValueError: No such network has these names and shapes; the message says which of them.
+    """
+    stages = _stages(weights)
+    first = weights["conv1.weight"]
+    if first.ndim != 4 or first.shape[1] != 3 or first.shape[2] not in (3, 7):
+        raise ValueError(
+            "the first convolution must read 3 channels with 7x7 (ResNet) or 3x3 (RegNet) taps, "
+            f"got weights of shape {tuple(first.shape)}"
+        )
+    config = _resnet(weights, stages) if first.shape[2] == 7 else _regnet(weights, stages)
+    return {**config, **_settings(weights, stages)}
+
+
+def _stages(weights: dict[str, Tensor]) -> list[int]:
+    """Blocks per stage."""
+    found: dict[int, int] = {}
+    for key in weights:
+        match = _BLOCK.match(key)
+        if match:
+            stage, block = int(match[1]), int(match[2])
+            found[stage] = max(found.get(stage, 0), block + 1)
+    if sorted(found) != [1, 2, 3, 4] or "conv1.weight" not in weights:
+        raise ValueError(
+            "it is neither a ResNet (keys layer1.0.conv1.weight, ...) nor a RegNet (keys "
+            "trunk_output.block1.block1-0.f.a.0.weight, ... or s1.b1.conv1.conv.weight, ...) of "
+            f"four stages; it holds {', '.join(sorted(weights)[:3])}, ..."
+        )
+    blocks = [found[stage] for stage in sorted(found)]
+    for stage, count in enumerate(blocks, start=1):
+        for i in range(count):
+            for conv in ("conv1", "conv2", "conv3"):
+                if f"layer{stage}.{i}.{conv}.weight" not in weights:
+                    raise ValueError(
+                        f"block {i} of stage {stage} has no {conv}: bottlenecks of three "
+                        "convolutions are needed (ResNet-18 and 34 have basic blocks)"
+                    )
+    return blocks
+
+
+def _resnet(weights: dict[str, Tensor], stages: list[int]) -> dict:
+    if tuple(stages) not in _DEPTHS:
+        known = ", ".join("-".join(map(str, blocks)) for blocks in _DEPTHS)
+        raise ValueError(
+            f"a ResNet must have {known} blocks (50, 101, 152 layers), got "
+            f"{'-'.join(map(str, stages))}"
+        )
+    conv2 = weights["layer1.0.conv2.weight"]
+    if conv2.shape[0] != conv2.shape[1]:
+        raise ValueError("conv2 has groups: ResNeXts have no dynamic form here")
+    width, widened = (len(weights[f"layer1.0.{name}.weight"]) for name in ("conv1", "conv3"))
+    if widened != 4 * width:
+        raise ValueError(
+            f"a block must have 4 times as many outputs as inner channels, got {widened} and "
+            f"{width}: wide ResNets have no dynamic form here"
+        )
+    return dict(
+        type="las_mm.LASResNet",
+        depth=_DEPTHS[tuple(stages)],
+        stem_channels=weights["conv1.weight"].shape[0],
+        base_channels=weights["layer1.0.conv1.weight"].shape[0],
+    )
+
+
+def _regnet(weights: dict[str, Tensor], stages: list[int]) -> dict:
+    found = [
+        (count, *weights[f"layer{stage}.0.conv2.weight"].shape[:2])
+        for stage, count in enumerate(stages, start=1)
+    ]
+    letter = "y" if "layer1.0.se.fc1.weight" in weights else "x"
+    for name in ARCHS:
+        if name.startswith(letter) and regnet_stages(name) == found:
+            config = dict(type="las_mm.LASRegNet", arch=f"regnet{name}")
+            return {**config, "se_pool": "all"} if letter == "y" else config
+    shown = ", ".join(f"{blocks} x {width} (groups of {group})" for blocks, width, group in found)
+    raise ValueError(
+        f"no RegNet{letter.upper()} that is known has stages of {shown}; known: "
+        f"{', '.join(name for name in ARCHS if name.startswith(letter))}"
+    )
+
+
+def _settings(weights: dict[str, Tensor], stages: list[int]) -> dict:
+    blocks = [
+        [_block(weights, f"layer{stage}.{i}.") for i in range(count)]
+        for stage, count in enumerate(stages, start=1)
+    ]
+    names = sorted({name for stage in blocks for block in stage for name in block})
+    defaults = dict(
+        channel_granularity=2, channel_masker="mlp", channel_masker_layers=2, channel_reduction=16
+    )
+    found = {
+        name: shorten(
+            [[block.get(name, defaults.get(name)) for block in stage] for stage in blocks]
+        )
+        for name in names
+    }
+    if any("channel_granularity" in block for stage in blocks for block in stage):
+        regnet = weights["conv1.weight"].shape[2] == 3
+        found["channel_position"] = "after_act" if regnet else "before_norm"
+    return found
+
+
+def _block(weights: dict[str, Tensor], name: str) -> dict:
+    """Mode and channel settings of one block."""
+    position = weights.get(f"{name}masker.conv.weight")
+    if position is not None and position.shape[0] != 2:
+        raise ValueError(
+            f"{name}masker has {position.shape[0]} logits: masks that differ between groups of "
+            "output channels have no form here; 2 logits are needed"
+        )
+    channel = _channel_masker(weights, name)
+    if channel is None:
+        return dict(mode="static" if position is None else "spatial")
+    return dict(mode="channel" if position is None else "both", **channel)
+
+
+def _channel_masker(weights: dict[str, Tensor], name: str) -> dict | None:
+    masker = f"{name}masker_channel."
+    if not any(key.startswith(masker) for key in weights):
+        return None
+    get = weights.get
+    if get(f"{masker}linear.weight") is not None:
+        kind, layers, last = "conv_linear", 2, get(f"{masker}linear.weight")
+        hidden = last.shape[1]
+    elif get(f"{masker}conv.2.weight") is not None:
+        kind, layers, last = "mlp", 2, get(f"{masker}conv.2.weight")
+        hidden = last.shape[1]
+    elif get(f"{masker}conv.weight") is not None:
+        kind, layers, last, hidden = "mlp", 1, get(f"{masker}conv.weight"), 0
+    else:
+        raise ValueError(
+            f"{masker[:-1]} is no channel masker that is known: it needs conv.weight (1 layer), "
+            "conv.0 and conv.2 (2 layers) or conv and linear (conv_linear)"
+        )
+    width, groups = len(weights[f"{name}conv1.weight"]), last.shape[0] // 2
+    if last.shape[0] % 2 or not groups or width % groups:
+        raise ValueError(
+            f"{masker[:-1]} has {last.shape[0]} logits, which is not twice a divisor of the "
+            f"block's {width} channels"
+        )
+    c_in = weights[f"{name}conv1.weight"].shape[1]
+    fits = [r for r in _REDUCTIONS if channel_hidden(kind, layers, c_in, groups, r) == hidden]
+    if not fits:
+        raise ValueError(f"{masker[:-1]} has {hidden} hidden channels, which no reduction gives")
+    return dict(
+        channel_granularity=width // groups,
+        channel_masker=kind,
+        channel_masker_layers=layers,
+        channel_reduction=fits[0],
+    )
+
+
+def shorten(values: Sequence[Sequence]) -> object:
+    """[stage][block] -> one value, one per stage, or as it is."""
+    stages = [stage[0] if len(set(stage)) == 1 else list(stage) for stage in values]
+    if all(not isinstance(stage, list) for stage in stages) and len(set(stages)) == 1:
+        return stages[0]
+    return stages
