@@ -118,6 +118,7 @@ def measure_block(case: Case, stopwatch: Stopwatch, dtype: torch.dtype, device: 
     with torch.inference_mode():
         seconds = stopwatch.runs(runner.refill, runner.run)
     activation = runner.block.activation
+    assert activation is not None
     rates = (activation.rate, activation.rate_dilated, activation.rate_channel)
     return Measurement(seconds, *map(float, rates))
 
