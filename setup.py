@@ -144,6 +144,7 @@ def main():
         install_requires=["numpy", "PyYAML", "rich", "tensorboard"],
         extras_require={
             "benchmark": ["matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino"],
+            "calibrate": ["scikit-learn", "scipy"],
             "demo": ["matplotlib", "scikit-image"],
             "dev": [
                 "hypothesis",

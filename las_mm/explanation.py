@@ -104,6 +104,8 @@ def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, floa
         reason = block.no_fast_form or "it has hooks inside, or another dtype than its input"
         return f"masked-dense: {reason}", None
     choice = fast.choice
+    if fast.masker_channel is not None:  # the plan times blocks that compute all channels
+        return ("winograd" if choice.winograd else "direct"), None
     stride = block.conv1_stride * block.conv2_stride
     positions = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
     seconds = choice.predict(rate, positions)

@@ -157,6 +157,21 @@ def test_layer_masks_are_exact_and_balanced(batch, rate):
     assert made.sum(1).max() - made.sum(1).min() <= 1
 
 
+@pytest.mark.parametrize("mode", ["channel", "both"])
+def test_channel_masks_have_the_exact_rate(mode):
+    backbone = small(mode=mode)
+    made = masks.make_channel_masks(backbone, SHAPE, 0.62, seed=3)
+    masks.force_masks(backbone, SHAPE, 0.5, "random", seed=3, channel_rate=0.62)
+    with torch.inference_mode():
+        backbone(torch.randn(SHAPE))
+    activation = collect_activations(backbone)
+    for mask, done in zip(made, activation.masks_channel):
+        assert torch.equal(mask, done.bool())
+        assert mask.sum(1).tolist() == [round(0.62 * mask.shape[1])] * SHAPE[0]
+    assert any((mask[0] != mask[-1]).any() for mask in made) or SHAPE[0] == 1
+    assert (activation.mean_rate < 1) == (mode == "both")
+
+
 # engines -----------------------------------------------------------------------------------------
 
 
@@ -350,7 +365,9 @@ def test_engines_that_cannot_run_are_named(benchmark, refusal, monkeypatch):
         (("--granularity", 4, 4, 2, 0), ("--rate", 0.5), "[4, 4, 2, 0]"),
         (("--rounds", 0), ("--rate", 0.5), "--rounds"),
         (("--threads", -1), ("--rate", 0.5), "-1"),
-        (("--mode", "channel"), ("--rate", 0.5), "channel"),
+        (("--mode", "tokens"), ("--rate", 0.5), "tokens"),
+        (("--mode", "both", "--channel-rate", 1.5), ("--rate", 0.5), "1.5"),
+        (("--mode", "both", "--device", "cuda", "--engines"), ("--rate", 0.5), "skip channels"),
         (("--plot", "x.txt"), ("--rate", 0.5), "x.txt"),
         (("--images", "x"), ("--rate", 0.5), "--images"),
         (("--whole-model", "--dtype", "bf16"), ("--rate", 0.5), "bf16"),

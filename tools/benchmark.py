@@ -52,10 +52,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", help="weights; without, they are random")
     add("--trust-checkpoint", action="store_true", help="see train.py")
     add("--shape", type=int, nargs=4, required=True, metavar=("N", "3", "H", "W"))
-    add("--rate", type=float, nargs="+", help="share of patches (layer mode: blocks) to compute")
+    add(
+        "--rate",
+        type=float,
+        nargs="+",
+        help="share of patches (layer mode: blocks, channel mode: channels) to compute",
+    )
+    add("--channel-rate", type=float, help="share of channels in mode both; default: --rate")
     add("--masks", choices=masks.KINDS, default="blob", help="'model': its own, on --images")
     add("--granularity", type=int, nargs="+", help="patch side S per stage instead of the config's")
-    add("--mode", choices=("spatial", "layer"), help="of all stages")
+    add("--mode", choices=("spatial", "channel", "layer", "both"), help="of all stages")
     add("--device", choices=tuple(ENGINES), default="cpu", help="where the engines run")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="fp16 on cuda only")
     add("--engines", nargs="*", help=f"default: all; las_mm always runs; {known}")
@@ -87,6 +93,8 @@ def check_args(args: argparse.Namespace) -> None:
     for rate in args.rate or ():
         if not 0 <= rate <= 1:
             raise UserError(f"--rate must be from 0 to 1, got {rate}")
+    if args.channel_rate is not None and not 0 <= args.channel_rate <= 1:
+        raise UserError(f"--channel-rate must be from 0 to 1, got {args.channel_rate}")
     if args.masks == "model":
         if args.checkpoint is None:
             raise UserError("--masks model needs --checkpoint: random weights decide nothing")
@@ -120,6 +128,10 @@ def check_args(args: argparse.Namespace) -> None:
     if args.whole_model and (args.dtype, args.device) != ("fp32", "cpu"):
         raise UserError(
             f"--whole-model needs --dtype fp32 on --device cpu, got {args.dtype} on {args.device}"
+        )
+    if args.device == "cuda" and args.mode in ("channel", "both"):
+        raise UserError(
+            f"--mode {args.mode} needs --device cpu: no kernels skip channels on a GPU yet"
         )
     args.known.check(args.dtype)
 
@@ -180,11 +192,16 @@ def mask_setters(args: argparse.Namespace, backbone: nn.Module) -> list:
     """Per rate a function that sets the masks."""
     if args.masks == "model":
         return [partial(masks.release_masks, backbone)]
-    drawn = [masks.make_masks(backbone, args.shape, r, args.masks, args.seed) for r in args.rate]
-    return [
-        partial(masks.set_offsets, backbone, masks.make_offsets(made, args.known.device))
-        for made in drawn
-    ]
+    setters = []
+    for rate in args.rate:
+        channel_rate = rate if args.channel_rate is None else args.channel_rate
+        drawn = (
+            masks.make_masks(backbone, args.shape, rate, args.masks, args.seed),
+            masks.make_channel_masks(backbone, args.shape, channel_rate, args.seed),
+        )
+        offsets = [masks.make_offsets(made, args.known.device) for made in drawn]
+        setters.append(partial(masks.set_offsets, backbone, *offsets))
+    return setters
 
 
 def time_whole(args: argparse.Namespace, candidate: Candidate, subject, rows, setter, say) -> dict:
@@ -261,6 +278,7 @@ def benchmark(args: argparse.Namespace, say) -> dict:
             report.compare(point.fastest, best, point.flops_ratio),
             rate=rate,
             activation_rate=point.mean_rate,
+            channel_rate=point.mean_rate_channel,
             rel_error=point.fastest.rel_error,
         )
         for rate, point in zip(rates, dynamic.points)
@@ -285,6 +303,7 @@ def benchmark(args: argparse.Namespace, say) -> dict:
             threads=args.threads,
             masks=args.masks,
             rate=rates[0],
+            channel_rate=args.channel_rate,
             mode=sorted({block.mode for block in shape.blocks}),
             granularity=subject.dynamic.granularity,
             static_gmacs=macs / 1e9,
@@ -293,7 +312,8 @@ def benchmark(args: argparse.Namespace, say) -> dict:
             seed=args.seed,
         ),
     )
-    if args.device == "cuda":  # no floor of a CPU is known
+    known_kernels = not any(block.has_channels for block in shape.blocks)
+    if args.device == "cuda" and known_kernels:  # no floor of a CPU is known
         activations = [point.activation for point in dynamic.points]
         roofline.annotate(result, shape, activations)
     if args.whole_model:

@@ -42,6 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--cases", type=int, default=CASES, help=f"blocks to measure (default: {CASES})")
     add("--visits", type=int, default=VISITS, help=f"times to come back to each ({VISITS})")
     add("--restart", action="store_true", help="forget an interrupted calibration")
+    add("--refit", action="store_true", help="fit the last calibration's measurements anew")
     args = parser.parse_args(argv)
     for option in ("threads", "cases", "visits"):
         value = getattr(args, option)
@@ -65,8 +66,13 @@ def run(args: argparse.Namespace) -> CalibratedDevice:
     settings = Settings(args.device, args.dtype, torch.get_num_threads(), args.cases, args.visits)
     out = args.out or calibration_path(args.device)
     record = out.with_name(f"{out.stem}.measurements.jsonl")
+    measured = out.with_name(f"{out.stem}.measured.jsonl")
     if args.restart:
         record.unlink(missing_ok=True)
+    if args.refit:
+        if not measured.is_file():
+            raise UserError(f"--refit: there are no measurements at {measured}")
+        record = measured
     console = Console()
     console.print(
         f"Measuring {args.cases} blocks {args.visits} times ({settings.threads} threads, "
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace) -> CalibratedDevice:
         write_atomically(out, device.to_yaml().encode())
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise UserError(str(error)) from error
-    record.unlink(missing_ok=True)
+    record.replace(measured)  # for --refit
     probes, accuracy = device.model.probes, device.accuracy
     table = Table(show_header=False)
     table.add_row(

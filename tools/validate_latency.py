@@ -49,6 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--write", type=Path, help="Markdown file with the markers, e.g. docs/latency.md")
     add("--restart", action="store_true", help="forget interrupted measurements")
+    add("--reuse", action="store_true", help="take the blocks' measurements of the last run")
     args = parser.parse_args(argv)
     for option in ("cases", "visits"):
         if getattr(args, option) < 1:
@@ -112,11 +113,11 @@ def block_table(results: BlockResults) -> list[str]:
 def network_table(results: list[NetworkResult]) -> list[str]:
     """Networks, as Markdown."""
     lines = [
-        "| network | input | rate | predicted ms | measured ms | error |",
+        "| network | input | mode, rate | predicted ms | measured ms | error |",
         "|---|---|---|---|---|---|",
     ]
     for r in results:
-        rate = "static" if r.rate is None else f"{r.rate:g}"
+        rate = "static" if r.rate is None else f"{r.mode} {r.rate:g}"
         lines.append(
             f"| ResNet-{r.depth} | {'x'.join(map(str, r.input_shape))} | {rate} | "
             f"{1e3 * r.predicted_s:.1f} | {1e3 * r.measured_s:.1f} | {100 * r.error:+.1f} % |"
@@ -150,9 +151,12 @@ def draw(results: BlockResults, networks: list[NetworkResult], path: Path) -> No
 
     figure, axes = pyplot.subplots(figsize=(6.4, 6.4))
     measured, predicted = 1e3 * results.measured, 1e3 * results.predicted
-    for mode, color in (("static", "tab:gray"), ("spatial", "tab:blue"), ("layer", "tab:orange")):
+    colors = dict(static="gray", spatial="blue", layer="orange", channel="green", both="purple")
+    for mode, color in colors.items():
         chosen = [o.block.mode == mode for o in results.observed]
-        axes.scatter(measured[chosen], predicted[chosen], s=9, color=color, label=f"{mode} blocks")
+        axes.scatter(
+            measured[chosen], predicted[chosen], s=9, color=f"tab:{color}", label=f"{mode} blocks"
+        )
     if networks:
         axes.scatter(
             [1e3 * r.measured_s for r in networks],
@@ -200,8 +204,13 @@ def run(args: argparse.Namespace) -> None:
                 args.seed,
             )
             record = calibration_path("cpu").with_name("validation.measurements.jsonl")
+            measured = record.with_name("validation.measured.jsonl")
             if args.restart:
                 record.unlink(missing_ok=True)
+            if args.reuse:
+                if not measured.is_file():
+                    raise UserError(f"--reuse: there are no measurements at {measured}")
+                record = measured
             try:
                 blocks = validate_blocks(
                     device,
@@ -212,6 +221,7 @@ def run(args: argparse.Namespace) -> None:
                 )
             except (ValueError, RuntimeError, OSError) as error:
                 raise UserError(str(error)) from error
+            record.replace(measured)
             lines += [*block_table(blocks), ""]
         if "networks" in args.parts:
             networks_task = bar.add_task("networks")
@@ -235,8 +245,6 @@ def run(args: argparse.Namespace) -> None:
         after = rest.split(END)[1]
         new = before + BEGIN + "\n" + "\n".join(lines) + END + after
         write_atomically(args.write, new.encode())
-    if blocks is not None:
-        record.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

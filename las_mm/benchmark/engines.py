@@ -343,6 +343,11 @@ class DynamicPoint:
         return self.activation.mean_rate.item()
 
     @property
+    def mean_rate_channel(self) -> float:
+        """Mean channel rate of the blocks that may leave out channels; 1 if there are none."""
+        return self.activation.mean_rate_channel.item()
+
+    @property
     def fastest(self) -> Contestant:
         """The form with the smallest median."""
         return min(self.contestants, key=lambda contestant: contestant.median)

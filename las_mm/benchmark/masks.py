@@ -81,28 +81,46 @@ def draw_masks(
         seed: Of the masks.
 
     Returns:
-        Per block a bool mask, (N, 1, h, w) or (N, 1, 1, 1), or ``None`` for a static block.
-
-    Raises:
-        ValueError: A block skips channels.
+        Per block a bool mask, (N, 1, h, w) or (N, 1, 1, 1), or ``None`` for one that computes all
+        positions.
     """
     generator = torch.Generator().manual_seed(seed)
     n_layer = sum(shape.mode == "layer" for shape in shapes)
     decisions = iter(layer_masks(batch, n_layer, rate, generator) if n_layer else ())
     masks: list[Tensor | None] = []
     for shape in shapes:
-        if shape.mode == "static":
+        if not shape.decides_positions:
             masks.append(None)
         elif shape.mode == "layer":
             masks.append(next(decisions).view(batch, 1, 1, 1))
-        elif shape.has_channels:
-            raise ValueError(
-                f"synthetic masks are for static, spatial and layer blocks, {shape.name} is "
-                f"{shape.label}"
-            )
         else:
             grid = (-(-shape.h_out // shape.granularity), -(-shape.w_out // shape.granularity))
             masks.append(spatial_mask(batch, grid, rate, kind, generator))
+    return masks
+
+
+def draw_channel_masks(
+    shapes: Sequence[BlockShape], batch: int, rate: float, seed: int = 0
+) -> list[Tensor | None]:
+    """Random channel masks for all blocks of a network, the same for the same seed.
+
+    Args:
+        shapes: Its blocks.
+        batch: Number of images N; each has masks of its own.
+        rate: Share of channel groups; each image keeps round(rate * groups) of them.
+        seed: Of the masks.
+
+    Returns:
+        Per block a bool mask, (N, groups), or ``None`` for one that computes all channels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    masks: list[Tensor | None] = []
+    for shape in shapes:
+        if not shape.has_channels:
+            masks.append(None)
+            continue
+        scores = torch.rand(batch, 1, shape.channel_groups, 1, generator=generator)
+        masks.append(_keep_highest(scores, rate)[:, 0, :, 0])
     return masks
 
 
@@ -114,6 +132,14 @@ def make_masks(
     return draw_masks(backbone.network_shape(tuple(input_hw)).blocks, batch, rate, kind, seed)
 
 
+def make_channel_masks(
+    backbone: nn.Module, input_shape: Sequence[int], rate: float, seed: int = 0
+) -> list[Tensor | None]:
+    """:func:`draw_channel_masks` for the blocks of a backbone and an input (N, 3, H, W)."""
+    batch, _, *input_hw = input_shape
+    return draw_channel_masks(backbone.network_shape(tuple(input_hw)).blocks, batch, rate, seed)
+
+
 def make_offsets(
     masks: Sequence[Tensor | None], device: torch.device | str = "cpu"
 ) -> list[Tensor | None]:
@@ -121,7 +147,11 @@ def make_offsets(
     return [None if m is None else torch.where(m, torch.inf, -torch.inf).to(device) for m in masks]
 
 
-def set_offsets(backbone: nn.Module, offsets: Sequence[Tensor | None]) -> None:
+def set_offsets(
+    backbone: nn.Module,
+    offsets: Sequence[Tensor | None],
+    channel_offsets: Sequence[Tensor | None] = (),
+) -> None:
     """Force these decisions; the maskers still compute (and cost) their logits.
 
     A CUDA graph that was captured meanwhile reads these very tensors: keep them as long.
@@ -129,14 +159,34 @@ def set_offsets(backbone: nn.Module, offsets: Sequence[Tensor | None]) -> None:
     for block, offset in zip(backbone.blocks(), offsets):
         if offset is not None:
             block.masker.offset = offset
+    for block, offset in zip(backbone.blocks(), channel_offsets):
+        if offset is not None:
+            block.masker_channel.offset = offset
 
 
 def force_masks(
-    backbone: nn.Module, input_shape: Sequence[int], rate: float, kind: str, seed: int = 0
+    backbone: nn.Module,
+    input_shape: Sequence[int],
+    rate: float,
+    kind: str,
+    seed: int = 0,
+    channel_rate: float | None = None,
 ) -> None:
-    """:func:`make_masks`, :func:`make_offsets` and :func:`set_offsets` in one."""
+    """Draw masks and force them on a backbone.
+
+    Args:
+        backbone: A dynamic backbone.
+        input_shape: (N, 3, H, W).
+        rate, kind, seed: See :func:`draw_masks`.
+        channel_rate: Share of the channels, by default ``rate``.
+    """
     device = next(backbone.parameters()).device
-    set_offsets(backbone, make_offsets(make_masks(backbone, input_shape, rate, kind, seed), device))
+    channel_rate = rate if channel_rate is None else channel_rate
+    set_offsets(
+        backbone,
+        make_offsets(make_masks(backbone, input_shape, rate, kind, seed), device),
+        make_offsets(make_channel_masks(backbone, input_shape, channel_rate, seed), device),
+    )
 
 
 def release_masks(backbone: nn.Module) -> None:

@@ -32,7 +32,7 @@ from .samples import Case, StemCase, draw_cases, stem_cases
 _RECORD_FORMAT = 1
 _MOST_MACS = 12e9  # of a block
 SEED = 1
-CASES, VISITS = 360, 5
+CASES, VISITS = 440, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[int, int], None]
 
@@ -96,7 +96,7 @@ def calibrate(
         RuntimeError: There are no native kernels here.
     """
     observed = measure(settings, record, progress)
-    probes = measure_probes(settings)
+    probes = observed.probes
     tiles = settings.dtype == "float32" and ops.has_winograd(settings.device_type)
     model, accuracy = fit(observed.blocks, observed.stems, probes, tiles)
     return CalibratedDevice(
@@ -110,6 +110,7 @@ class Observed:
 
     blocks: list[Observation]
     stems: list[StemObservation]
+    probes: Probes
 
 
 def plan(settings: Settings) -> list[Case | StemCase]:
@@ -131,7 +132,12 @@ def measure(
             "nothing to calibrate; see README, Install"
         )
     cases = plan(settings) if cases is None else cases
-    known = read_record(record, settings)
+    known, probes = read_record(record, settings)
+    if probes is None:
+        probes = measure_probes(settings)
+        lines = [settings.header(), {"probes": asdict(probes)}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(record, text.encode())
     total = len(cases) * settings.visits
     left = [
         (visit, i)
@@ -143,9 +149,6 @@ def measure(
     if left:
         dtype = DTYPES[settings.dtype]
         stopwatch = Stopwatch(settings.device_type)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        if not record.exists():
-            write_atomically(record, (json.dumps(settings.header()) + "\n").encode())
         with open(record, "a", encoding="utf-8") as file:
             for done, (visit, i) in enumerate(left, total - len(left) + 1):
                 case = cases[i]
@@ -174,11 +177,13 @@ def measure(
                     seconds,
                 )
             )
-    return Observed(blocks, stems)
+    return Observed(blocks, stems, probes)
 
 
-def read_record(path: Path, settings: Settings) -> dict[tuple[int, int], Measurement]:
-    """The measurements of an interrupted calibration, by visit and case.
+def read_record(
+    path: Path, settings: Settings
+) -> tuple[dict[tuple[int, int], Measurement], Probes | None]:
+    """The measurements of an interrupted calibration, by visit and case, and its probes.
 
     A last line that was cut off is dropped, from the file too.
 
@@ -186,17 +191,22 @@ def read_record(path: Path, settings: Settings) -> dict[tuple[int, int], Measure
         ValueError: A line is damaged, or the record is of another machine or other settings.
     """
     if not path.exists():
-        return {}
+        return {}, None
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     way_out = "delete it, or start anew with --restart"
     found: dict[tuple[int, int], Measurement] = {}
     header: Any = None
+    probes: Probes | None = None
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry = json.loads(line)
             if number == 1:
                 header = entry
+                continue
+            if number == 2 and "probes" in entry:
+                pairs = tuple((float(a), float(b)) for a, b in entry["probes"]["bandwidth"])
+                probes = Probes(**{**entry["probes"], "bandwidth": pairs})
                 continue
             seconds = tuple(float(s) for s in entry["seconds"])
             if not seconds or min(seconds) <= 0:
@@ -219,7 +229,7 @@ def read_record(path: Path, settings: Settings) -> dict[tuple[int, int], Measure
         raise ValueError(f"{path} was measured with {'; '.join(other)}; {way_out}")
     if len(whole) < len(text):
         write_atomically(path, whole)
-    return found
+    return found, probes
 
 
 def measure_probes(settings: Settings) -> Probes:
@@ -270,8 +280,8 @@ def _measure_probes(settings: Settings) -> Probes:
         bandwidth.append((float(size), 2 * size * calls / best(sweep, 7)))
     # Small data is moved in less time than a call takes: at least as fast as larger data.
     for i in range(len(bandwidth) - 1, 0, -1):
-        size, rate = bandwidth[i - 1]
-        bandwidth[i - 1] = (size, max(rate, bandwidth[i][1]))
+        slower, rate = bandwidth[i - 1]
+        bandwidth[i - 1] = (slower, max(rate, bandwidth[i][1]))
     nothing = torch.zeros(1, 16, 1, 1, device=device)
     call = best(lambda: ops.dilate_mask(nothing[:, :1] > 0, 1, (1, 1), 1, 1), 200)
     return Probes(macs, one, tuple(bandwidth), call)

@@ -23,6 +23,7 @@ from .shapes import BlockShape
 
 Numbers = Union[float, np.ndarray]
 _BYTES = 4
+_CACHED_BYTES = 16 << 20  # of the input just written that a cache may still hold
 _LARGEST_CORRECTION = 0.5  # of the logarithm; beyond lies what disturbed measurements taught
 _PANEL, _LANES = 64, 16  # output channels that a kernel computes together, and per register
 _TILE_PRODUCTS = 4  # per output, of a Winograd tile
@@ -43,7 +44,10 @@ TERMS: dict[str, Term] = {
     "lists": Term("block", "launch", "fixed"),
     "masker_call": Term("masker", "launch", "fixed"),
     "masker_patches": Term("masker", "compute", "fixed"),
-    "masker_read": Term("masker", "memory", "fixed"),
+    "masker_near": Term("masker", "memory", "fixed"),
+    "masker_far": Term("masker", "memory", "fixed"),
+    "layer_masker_near": Term("masker", "memory", "fixed"),
+    "layer_masker_far": Term("masker", "memory", "fixed"),
     "channel_masker_call": Term("channel_masker", "launch", "fixed"),
     "channel_masker_read": Term("channel_masker", "memory", "fixed"),
     "channel_masker_layers": Term("channel_masker", "compute", "fixed"),
@@ -102,8 +106,7 @@ class Probes:
 
 def tiled(block: BlockShape) -> bool:
     """Whether conv2 runs as Winograd tiles (float32)."""
-    plain = (block.conv2_stride, block.dilation, block.groups) == (1, 1, 1)
-    return plain and not block.has_channels
+    return (block.conv2_stride, block.dilation, block.groups) == (1, 1, 1) and not block.se_width
 
 
 def quantities(
@@ -164,17 +167,21 @@ def quantities(
     if block.decides_positions:
         found["masker_call"] = probes.call_s
         found["masker_patches"] = nanoseconds(decisions)
-        found["masker_read"] = probes.transfer_s(in_bytes, in_bytes)
+        # The part that the block before left in the caches, and the rest.
+        near = min(in_bytes, _CACHED_BYTES)
+        name = "masker" if block.has_patches else "layer_masker"
+        found[name + "_near"] = probes.transfer_s(near, near)
+        found[name + "_far"] = probes.transfer_s(in_bytes - near, 1e12)
     if tiled(block) and tiles:
         odd = block.has_patches and block.granularity % 2 == 1
-        each = outputs * _TILE_PRODUCTS * width * product
+        each = outputs * _TILE_PRODUCTS * kept * product
         whole = rate * (1 - _ODD_TILE) if odd else rate
-        found["tiles"] = whole * each * padded(width)
-        found["tiles_panels"] = whole * each * panels(width)
-        found["tiles_transforms"] = nanoseconds(outputs * whole * width)
+        found["tiles"] = whole * each * padded(kept)
+        found["tiles_panels"] = whole * each * panels(kept)
+        found["tiles_transforms"] = nanoseconds(outputs * whole * kept)
         if odd:
-            found["cut_tiles"] = dilated * _ODD_TILE * each * padded(width)
-        middle = 16 * width * width
+            found["cut_tiles"] = dilated * _ODD_TILE * each * padded(kept)
+        middle = 16 * kept * kept
     elif groups == 1:
         each = outputs * rate * 9 * kept * product
         found["conv2"] = each * padded(kept)

@@ -10,19 +10,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from las_mm import ops
-from las_mm.benchmark.masks import draw_masks
-from las_mm.models.plan import Choice
-from las_mm.models.sparse import FastBottleneck
+from las_mm.benchmark.masks import draw_channel_masks, draw_masks
+from las_mm.models.bottleneck import DynamicBottleneck
+from las_mm.models.regnet import DynamicRegNetBlock
 
 from .samples import Case, StemCase
+from .shapes import BlockShape
 
 _EVICT_BYTES = 64 << 20  # read and written between two runs; more than the caches of most machines
 _PROBE_SIDE, _PROBE_CALLS = 384, 3  # a product that always takes the same time, about 1 ms
@@ -109,12 +109,17 @@ def measure_case(
 
 
 def measure_block(case: Case, stopwatch: Stopwatch, dtype: torch.dtype, device: str) -> Measurement:
-    """Time one block with random weights and forced decisions."""
+    """Time one block with random weights and forced decisions.
+
+    Raises:
+        RuntimeError: It has no fast form on the device.
+    """
     runner = BlockRunner(case, dtype, device)
     with torch.inference_mode():
         seconds = stopwatch.runs(runner.refill, runner.run)
     activation = runner.block.activation
-    return Measurement(seconds, float(activation.rate), float(activation.rate_dilated))
+    rates = (activation.rate, activation.rate_dilated, activation.rate_channel)
+    return Measurement(seconds, *map(float, rates))
 
 
 def measure_stem(
@@ -143,70 +148,40 @@ def measure_stem(
 
 
 class BlockRunner:
-    """A block of a given shape with random weights, run by its packed form.
+    """A block of a given shape with random weights, run by its fast form.
 
     Args:
-        case: The block, its batch and its rate.
+        case: The block, its batch and its rates.
         dtype: Of weights and features.
         device: Of both.
+
+    Raises:
+        RuntimeError: The block has no fast form on the device.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str) -> None:
         shape = case.block
-        random = torch.Generator().manual_seed(case.seed)
-
-        def normal(*size: int) -> Tensor:
-            fan_in = size[1] * size[2] * size[3]
-            values = torch.randn(size, generator=random) / fan_in**0.5
-            return values.to(device=device, dtype=dtype)
-
-        weights = [
-            normal(shape.width, shape.c_in, 1, 1),
-            normal(shape.width, shape.width // shape.groups, 3, 3),
-            normal(shape.c_out, shape.width, 1, 1),
-        ]
-        widths = [shape.width, shape.width, shape.c_out]
-        if shape.downsample:
-            weights.append(normal(shape.c_out, shape.c_in, 1, 1))
-            widths.append(shape.c_out)
-        groups = (1, shape.groups, 1, 1)
-        plain = (shape.conv2_stride, shape.dilation, shape.groups) == (1, 1, 1)
-        winograd = None
-        if plain and dtype == torch.float32 and ops.has_winograd(device):
-            winograd = ops.pack_winograd(weights[1])
-        masker: Any = None
-        if shape.mode != "static":
-            mask = draw_masks([shape], case.batch, case.rate, case.masks, case.seed)[0]
-            assert mask is not None
-            offset = torch.where(mask, torch.inf, -torch.inf).to(device)
-            masker = (
-                SimpleNamespace(offset=offset),
-                normal(2, shape.c_in, 1, 1),
-                torch.zeros(2, dtype=dtype, device=device),
-            )
-        self.fast = FastBottleneck(
-            weights=[ops.pack_conv(w, g) for w, g in zip(weights, groups)],
-            biases=[torch.zeros(n, device=device) for n in widths],
-            winograd=winograd,
-            dense=[w.contiguous(memory_format=torch.channels_last) for w in weights],
-            pool=None,
-            strides=(shape.conv1_stride, shape.conv2_stride),
-            dilation=shape.dilation,
-            groups=shape.groups,
-            one=torch.ones((), device=device),
-            masker=masker,
-            choice=Choice(winograd=winograd is not None),
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            self.block = build_block(shape).to(device=device, dtype=dtype).eval()
+            size = (case.batch, shape.c_in, shape.h_in, shape.w_in)
+            source = torch.rand(size).to(device=device, dtype=dtype)
+        masks = (
+            (self.block.masker, draw_masks([shape], case.batch, case.rate, case.masks, case.seed)),
+            (
+                self.block.masker_channel,
+                draw_channel_masks([shape], case.batch, case.channel_rate, case.seed),
+            ),
         )
-        block: Any = SimpleNamespace(
-            mode=shape.mode, granularity=shape.granularity, activation=None
-        )
-        self.block = block
-        size = (case.batch, shape.c_in, shape.h_in, shape.w_in)
-        source = torch.rand(size, generator=random).to(device=device, dtype=dtype)
+        for masker, (mask,) in masks:
+            if masker is not None and mask is not None:
+                masker.offset = torch.where(mask, torch.inf, -torch.inf).to(device)
         self._source = source.contiguous(memory_format=torch.channels_last)
         self._x = self._source.clone()
         self._in_place = not shape.downsample
-        self.fast.plan(block, self._x)
+        with torch.inference_mode():
+            if self.block.prepare() is None:
+                raise RuntimeError(f"{shape.label} has no fast form: {self.block.no_fast_form}")
 
     def refill(self) -> None:
         """Write the input, as the block before would."""
@@ -214,4 +189,40 @@ class BlockRunner:
 
     def run(self) -> None:
         """The block, in place where it has no shortcut convolution, as inside a stage."""
-        self.fast(self.block, self._x, self._in_place)
+        self.block.infer(self._x, self._in_place)
+
+
+def build_block(shape: BlockShape) -> DynamicBottleneck:
+    """A block of this shape, style 'pytorch': a RegNet's if ``c_out == width``."""
+    downsample = None
+    if shape.downsample:
+        conv = nn.Conv2d(shape.c_in, shape.c_out, 1, shape.stride, bias=False)
+        downsample = nn.Sequential(conv, nn.BatchNorm2d(shape.c_out))
+    settings: dict[str, Any] = {}
+    if shape.has_channels:
+        settings = dict(
+            channel_granularity=shape.channel_granularity,
+            channel_masker=shape.channel_masker,
+            channel_masker_layers=shape.channel_masker_layers,
+            channel_reduction=shape.channel_reduction,
+        )
+    options: dict[str, Any] = dict(
+        expansion=shape.c_out // shape.width,
+        stride=shape.stride,
+        dilation=shape.dilation,
+        downsample=downsample,
+        mode=shape.mode,
+        granularity=max(shape.granularity, 1),
+        settings=settings,
+    )
+    if shape.c_out != shape.width:
+        return DynamicBottleneck(shape.c_in, shape.c_out, **options)
+    return DynamicRegNetBlock(
+        shape.c_in,
+        shape.c_out,
+        groups=shape.groups,
+        width_per_group=shape.width // shape.groups,
+        base_channels=shape.c_out,
+        se_ratio=shape.se_width / shape.c_in,
+        **options,
+    )

@@ -2,7 +2,7 @@
 
 Widths are those of the published architectures: ResNet (arXiv 1512.03385) with its usual and half
 its channels, RegNetX and RegNetY (arXiv 2003.13678) from 400 MF to 8 GF. Everything else is drawn:
-input size, batch, mode, patch side, rate, coherent or scattered masks.
+input size, batch, mode, patch side, channels per decision, rates, coherent or scattered masks.
 """
 
 from __future__ import annotations
@@ -11,28 +11,17 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from .regnet import ARCHS, SE_RATIO, regnet_stages
 from .shapes import BlockShape, ConvShape
 
 _RESNET_WIDTHS = ((64, 128, 256, 512), (32, 64, 128, 256))
-_REGNETS = {  # widths of the stages, channels per group
-    "x_400mf": ((32, 64, 160, 400), 16),
-    "x_800mf": ((64, 128, 288, 672), 16),
-    "x_1_6gf": ((72, 168, 408, 912), 24),
-    "x_3_2gf": ((96, 192, 432, 1008), 48),
-    "x_8gf": ((80, 240, 720, 1920), 80),
-    "y_400mf": ((48, 104, 208, 440), 8),
-    "y_800mf": ((64, 144, 320, 784), 16),
-    "y_1_6gf": ((48, 120, 336, 888), 24),
-    "y_3_2gf": ((72, 216, 576, 1512), 24),
-    "y_8gf": ((224, 448, 896, 2016), 56),
-}
 _REGNET_STEM = 32
 _BATCHES = (1, 1, 1, 2, 3, 4, 6, 8)
-_MODES = ("static", "spatial", "spatial", "layer")
+_MODES = ("static", "static", "spatial", "spatial", "spatial", "layer", "channel", "both")
+_CHANNEL_GRANULARITIES = (1, 2, 2, 4)
 _SMALLEST_INPUT, _LARGEST_INPUT, _INPUT_STEP = 224, 1344, 32
 _LARGEST_GRANULARITY = 14
 _FEWEST_MACS = 2e6
-FAMILIES = ("resnet", "regnet")
 
 
 @dataclass(frozen=True)
@@ -43,6 +32,7 @@ class Case:
         block: Its shape; the family is its name.
         batch: Images.
         rate: Wanted activation rate; masks of few patches come as near as they can.
+        channel_rate: Wanted share of channels.
         masks: ``'blob'`` or ``'random'``, see :mod:`las_mm.benchmark.masks`.
         seed: Of the masks.
     """
@@ -50,6 +40,7 @@ class Case:
     block: BlockShape
     batch: int
     rate: float
+    channel_rate: float = 1.0
     masks: str = "blob"
     seed: int = 0
 
@@ -106,27 +97,32 @@ def _draw(rng: random.Random) -> Case | None:
         c_before = widths[0] if stage == 0 else 2 * inner
         stride = 2 if first and stage else 1
     else:
-        widths, per_group = _REGNETS[rng.choice(sorted(_REGNETS))]
-        inner = c_out = widths[stage]
-        groups = inner // min(per_group, inner)
-        c_before = widths[stage - 1] if stage else _REGNET_STEM
+        arch = rng.choice(sorted(ARCHS))
+        stages = regnet_stages(arch)
+        _, inner, per_group = stages[stage]
+        c_out, groups = inner, inner // per_group
+        c_before = stages[stage - 1][1] if stage else _REGNET_STEM
         stride = 2 if first else 1
+        family = f"regnet{arch[0]}"
     reduction = 4 * 2**stage // stride  # of the block's input
-    if family == "regnet" and stage == 0 and first:
+    if family != "resnet" and stage == 0 and first:
         reduction = 2
     h_in, w_in = -(-height // reduction), -(-width // reduction)
     batch = rng.choice(_BATCHES)
     mode = rng.choice(_MODES)
     granularity = rng.randint(1, _LARGEST_GRANULARITY)
-    if mode == "spatial" and granularity > max(-(-h_in // stride), -(-w_in // stride)):
+    if mode in ("spatial", "both") and granularity > max(-(-h_in // stride), -(-w_in // stride)):
         return None  # all of the map in one patch: that is layer skipping
     rate = rng.choice((0.0, 1.0)) if rng.random() < 0.1 else rng.random()
+    channel_rate = rng.uniform(0.1, 1.0)
+    channels = mode in ("channel", "both")
+    c_in = c_before if first else c_out
     block = BlockShape(
         name=family,
         stage=stage + 1,
         mode=mode,
-        granularity=granularity if mode == "spatial" else 0,
-        c_in=c_before if first else c_out,
+        granularity=granularity if mode in ("spatial", "both") else 0,
+        c_in=c_in,
         width=inner,
         c_out=c_out,
         h_in=h_in,
@@ -134,11 +130,15 @@ def _draw(rng: random.Random) -> Case | None:
         stride=stride,
         groups=groups,
         downsample=first,
+        channel_granularity=rng.choice(_CHANNEL_GRANULARITIES) if channels else 1,
+        channel_masker_layers=rng.choice((1, 2)) if channels else 2,
+        se_width=round(SE_RATIO * c_in) if family == "regnety" else 0,
     )
     return Case(
         block=block,
         batch=batch,
-        rate=1.0 if mode == "static" else rate,
+        rate=rate if block.decides_positions else 1.0,
+        channel_rate=channel_rate if channels else 1.0,
         masks=rng.choice(("blob", "blob", "random")),
         seed=rng.randrange(2**31),
     )

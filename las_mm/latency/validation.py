@@ -28,6 +28,7 @@ _RANGES_MS = (0.0, 1.0, 3.0, 10.0, 30.0, float("inf"))
 _ROUNDS = 9
 NETWORK_INPUTS = ((1, 224, 224), (8, 224, 224), (1, 480, 800), (1, 800, 1344))
 NETWORK_RATES = (0.25, 0.5, 0.75)
+OTHER_MODES = (("layer", 0.5), ("channel", 0.6))
 SETTINGS = (
     (1, 1, 1, 1),
     (2, 2, 2, 1),
@@ -108,6 +109,7 @@ class NetworkResult:
     """A whole backbone as measured and as predicted, seconds of the batch."""
 
     depth: int
+    mode: str
     input_shape: tuple[int, int, int]
     rate: float | None
     granularity: tuple[int, ...]
@@ -125,9 +127,10 @@ def validate_networks(
     depths: Sequence[int] = (50, 101),
     inputs: Sequence[tuple[int, int, int]] = NETWORK_INPUTS,
     rates: Sequence[float] = NETWORK_RATES,
+    others: Sequence[tuple[str, float]] = OTHER_MODES,
     progress: Progress = lambda i, n: None,
 ) -> list[NetworkResult]:
-    """Measure ResNets, static and at several rates, in turns, and predict them."""
+    """Measure ResNets, static, spatial at several rates and in other modes, and predict them."""
     results = []
     total = len(depths) * len(inputs)
     for done, (depth, shape) in enumerate(itertools.product(depths, inputs)):
@@ -136,11 +139,13 @@ def validate_networks(
         dynamic = _backbone(depth, "spatial", (4, 4, 2, 1))
         contestants: list[tuple[LASResNet, float | None]] = [(static, None)]
         contestants += [(dynamic, rate) for rate in rates]
+        contestants += [(_backbone(depth, mode, (4, 4, 2, 1)), rate) for mode, rate in others]
         seconds, activations = _contest(contestants, shape)
-        for (_, rate), measured, activation in zip(contestants, seconds, activations):
+        for (backbone, rate), measured, activation in zip(contestants, seconds, activations):
             results.append(
                 NetworkResult(
                     depth,
+                    backbone.blocks()[0].mode,
                     shape,
                     rate,
                     (4, 4, 2, 1),
@@ -185,7 +190,9 @@ def validate_search(
     contestants = [(_backbone(depth, "spatial", side), rate) for side in wanted]
     seconds, activations = _contest(contestants, input_shape)
     results = [
-        NetworkResult(depth, input_shape, rate, side, _predict(device, activation, batch), measured)
+        NetworkResult(
+            depth, "spatial", input_shape, rate, side, _predict(device, activation, batch), measured
+        )
         for side, measured, activation in zip(wanted, seconds, activations)
     ]
     results.sort(key=lambda result: result.measured_s)

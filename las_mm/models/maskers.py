@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from las_mm import ops
 from las_mm.latency.shapes import CHANNEL_MASKERS, channel_hidden
 
 _MASKER = re.compile(r"(^|\.)masker(_channel)?\.")
@@ -37,6 +38,18 @@ def gumbel_difference(reference: Tensor) -> Tensor:
     eps = torch.finfo(torch.float32).eps
     uniform = torch.rand(reference.shape, device=reference.device).clamp_(eps, 1 - eps)
     return torch.log(uniform) - torch.log1p(-uniform)
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Global average pool (N, C, H, W) -> (N, C), by the native op where it can run."""
+    native = (
+        not torch.is_grad_enabled()
+        and ops.supports(x.dtype, x.device.type)
+        and ops.has_channel_kernels(x.device.type)
+        and not torch.jit.is_tracing()
+        and not torch.onnx.is_in_onnx_export()
+    )
+    return ops.channel_mean(x).to(x.dtype) if native else x.mean(dim=(2, 3))
 
 
 class Masker(nn.Module):
@@ -210,7 +223,7 @@ class ChannelMasker(Masker):
         if self.kind == "conv_linear":
             flat = self.linear(self.conv(x).mean(dim=(2, 3)))
         else:
-            flat = self.conv(x.mean(dim=(2, 3)))
+            flat = self.conv(global_mean(x))
         return flat.float().unflatten(1, (2, self.groups))
 
     def forward(self, x: Tensor) -> Tensor:

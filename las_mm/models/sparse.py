@@ -7,6 +7,7 @@ does the work ahead of the first image. Nothing of the training form changes: pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from las_mm import memory, ops
-from las_mm.models.activation import Activation, find_dynamic_backbones
+from las_mm.models.activation import Activation, find_dynamic_backbones, work_shares
 from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
 
 PREPARE_FIRST = (
@@ -116,9 +117,22 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), bias.float()
 
 
+def batchnorm_of_zero(norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """What a BN with running statistics makes of zeros in eval mode, (C,), float32."""
+    shift = -norm.running_mean.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        shift = shift * norm.weight.double()
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return shift.float()
+
+
 @dataclass
 class FastBottleneck:
-    """The packed form of one ``DynamicBottleneck``; see ``ops.sparse_bottleneck``."""
+    """The packed form of one ``DynamicBottleneck``; see ``ops.sparse_bottleneck``.
+
+    One with a channel masker runs ``ops.channel_bottleneck``.
+    """
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -130,6 +144,8 @@ class FastBottleneck:
     groups: int
     one: Tensor
     masker: tuple[nn.Module, Tensor, Tensor] | None  # with its weight and bias, not copied
+    masker_channel: nn.Module | None
+    constants: list[Tensor] | None  # what skipped channels hold; None: zero
     choice: Choice  # the last one made; torch.compile and torch.export keep it
     excitation: list[Tensor] | None = None  # weights and biases of squeeze-and-excitation
 
@@ -140,10 +156,10 @@ class FastBottleneck:
         Raises:
             Unsupported: The block has a part without a fast form.
         """
-        if block.masker_channel is not None:
-            raise Unsupported("there are no sparse ops for skipping channels")
         folded = _fold_block(block)
         dtype, device_type = folded[0][0].dtype, folded[0][0].device.type
+        if block.masker_channel is not None and not ops.has_channel_kernels(device_type):
+            raise Unsupported(f"there are no kernels that skip channels on {device_type}")
         if not ops.supports(dtype, device_type):
             raise Unsupported(f"its weights are {dtype}")
         weights = [ops.pack_conv(weight, groups) for weight, _, groups in folded]
@@ -159,11 +175,19 @@ class FastBottleneck:
             and ops.has_winograd(device_type)
         ):
             winograd = ops.pack_winograd(folded[1][0])
-            if block.mode != "spatial" or block.granularity % 2 == 0:
+            if block.mode not in ("spatial", "both") or block.granularity % 2 == 0:
                 weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
         del folded
         memory.release_freed()
         masker = block.masker
+        constants = None
+        if block.masker_channel is not None and block.channel_position == "before_norm":
+            if excitation is not None:
+                raise Unsupported(
+                    "its skipped channels are not zero (channel_position='before_norm') before "
+                    "squeeze-and-excitation"
+                )
+            constants = [batchnorm_of_zero(norm).relu() for norm in (block.norm1, block.norm2)]
         pools = [] if block.downsample is None else list(block.downsample)[:-2]
         return cls(
             weights=weights,
@@ -176,6 +200,8 @@ class FastBottleneck:
             groups=conv2.groups,
             one=torch.ones((), device=weights[0].device),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
+            masker_channel=block.masker_channel,
+            constants=constants,
             choice=Choice(winograd=winograd is not None),
             excitation=excitation,
         )
@@ -209,7 +235,7 @@ class FastBottleneck:
         if not choice.winograd and not self.weights[1].numel():
             weight, _, groups = _fold_block(block)[1]
             self.weights[1] = ops.pack_conv(weight, groups)
-        if choice.dense_above < 1 and self.dense is None:
+        if choice.dense_above < 1 and self.dense is None and self.masker_channel is None:
             self.dense = [
                 weight.contiguous(memory_format=torch.channels_last)
                 for weight, _, _ in _fold_block(block)
@@ -226,7 +252,7 @@ class FastBottleneck:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
         choice = self.choice if torch.compiler.is_compiling() else self.plan(block, x)
         mask = None
-        granularity = block.granularity if block.mode == "spatial" else ops.LAYER
+        granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
         rate = rate_dilated = self.one
         if self.masker is not None:
             masker, weight, bias = self.masker
@@ -240,9 +266,11 @@ class FastBottleneck:
                 self.dilation,
             )
             rate, rate_dilated = rates.unbind()
+        winograd = self.winograd if choice.winograd else None
+        if self.masker_channel is not None:
+            return self._skip_channels(block, x, mask, rate, rate_dilated, winograd, in_place)
         if not torch.compiler.is_exporting():
             block.activation = Activation(rate, rate_dilated, self.one, mask)
-        winograd = self.winograd if choice.winograd else None
         cost, above = choice.winograd_cost, choice.dense_above
         dense = self.dense if above < 1 else None
         if in_place and len(self.weights) == 3:
@@ -277,6 +305,56 @@ class FastBottleneck:
             self.excitation,
         )
 
+    def _skip_channels(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        mask: Tensor | None,
+        rate: Tensor,
+        rate_dilated: Tensor,
+        winograd: Tensor | None,
+        in_place: bool,
+    ) -> Tensor:
+        """``__call__`` of a block that decides about channels, after what it decides elsewhere."""
+        assert self.masker_channel is not None
+        groups = self.masker_channel(x)
+        if not torch.compiler.is_exporting():
+            self._record_channels(block, x, mask, rate, rate_dilated, groups)
+        granularity = 1 if mask is None else block.granularity
+        cost = self.choice.winograd_cost
+        tensors = (mask, groups.bool(), self.weights, self.biases, self.constants, winograd)
+        if in_place and len(self.weights) == 3:
+            geometry = (granularity, self.dilation, self.groups)
+            return ops.channel_bottleneck_(x, *tensors, *geometry, cost, self.excitation)
+        shortcut = None if self.pool is None else self.pool(x)
+        geometry = (granularity, self.strides, self.dilation, self.groups)
+        return ops.channel_bottleneck(x, *tensors, shortcut, *geometry, cost, self.excitation)
+
+    def _record_channels(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        mask: Tensor | None,
+        rate: Tensor,
+        rate_dilated: Tensor,
+        groups: Tensor,
+    ) -> None:
+        """Leave the activation; rates are means over the images, the shares of work need each."""
+        rates, dilated = rate.expand(len(x)), rate_dilated.expand(len(x))
+        if mask is not None and len(x) > 1:
+            size = [-(-n // self.strides[0]) for n in x.shape[2:]]
+            _, counts = ops.dilate_mask(
+                mask, block.granularity, size, self.strides[1], self.dilation
+            )
+            outputs = [-(-n // self.strides[1]) for n in size]
+            areas = counts.new_tensor([math.prod(outputs), math.prod(size)])
+            rates, dilated = (counts / areas).unbind(1)
+        channels = groups
+        if self.groups > 1:
+            channels = groups.repeat_interleave(block.channel_granularity, dim=1)
+        shares = work_shares(rates, dilated, channels, self.groups)
+        block.activation = Activation(rate, rate_dilated, groups.mean(), mask, groups, shares)
+
 
 def _excitation_of(block: nn.Module) -> list[Tensor] | None:
     """Weights and biases of the block's squeeze-and-excitation, as the op takes them.
@@ -287,7 +365,7 @@ def _excitation_of(block: nn.Module) -> list[Tensor] | None:
     se = getattr(block, "se", None)
     if se is None:
         return None
-    if se.pool == "all" and block.mode == "spatial":
+    if se.pool == "all" and block.mode in ("spatial", "both"):
         raise Unsupported("its squeeze-and-excitation reads dropped positions (se_pool='all')")
     if not ops.has_excitation(se.fc1.weight.device.type):
         raise Unsupported("there is no kernel for squeeze-and-excitation on its device")
@@ -306,6 +384,8 @@ def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
     conv2 = block.conv2
     pairs = [(block.conv1, block.norm1), (conv2, block.norm2), (block.conv3, block.norm3)]
     if block.downsample is not None:
+        if not isinstance(block.downsample, nn.Sequential) or len(block.downsample) < 2:
+            raise Unsupported("its shortcut is no convolution followed by a norm")
         pairs.append(tuple(block.downsample)[-2:])
     folded = [(*fold(conv, norm), conv.groups) for conv, norm in pairs]
     if conv2.kernel_size != (3, 3) or conv2.padding != conv2.dilation:

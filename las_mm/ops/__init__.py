@@ -36,6 +36,7 @@ __all__ = [
     "cpu_isa",
     "dilate_mask",
     "gather_conv3x3",
+    "has_channel_kernels",
     "has_excitation",
     "has_kernels",
     "has_stem_kernel",
@@ -67,6 +68,7 @@ def _devices_with(name: str) -> frozenset[str]:
 
 
 _SPARSE_OPS = _devices_with("sparse_bottleneck")
+_CHANNELS = _devices_with("channel_bottleneck")
 _STEM = _devices_with("conv_pool_stem")
 _WINOGRAD = frozenset({"cpu"})
 _EXCITATION = frozenset({"cpu"})
@@ -75,6 +77,11 @@ _EXCITATION = frozenset({"cpu"})
 def has_kernels(device_type: str) -> bool:
     """Whether native kernels of the sparse ops exist for a device type such as ``'cpu'``."""
     return device_type in _SPARSE_OPS
+
+
+def has_channel_kernels(device_type: str) -> bool:
+    """Whether native kernels of ``channel_bottleneck`` exist there."""
+    return device_type in _CHANNELS
 
 
 def has_stem_kernel(device_type: str) -> bool:

@@ -19,6 +19,17 @@
 namespace las_mm::cpu {
 
 constexpr int64_t kChunkTiles = 48;  // Winograd tiles of 2x2 outputs; measured: 36 to 60 are alike
+constexpr int64_t kFewRows = 256;    // that share weights which are gathered panel by panel
+
+enum class Convolution { kFirst, kSecond, kThird };
+
+// Weights that are made when a panel of a convolution needs them.
+template <typename T>
+struct PanelSource {
+  virtual ~PanelSource() = default;
+  // The taps [tap, tap + taps) of a panel, one after the other; until this thread's next call.
+  virtual const T* panel(Convolution which, int64_t panel, int64_t tap, int64_t taps) const = 0;
+};
 
 // A group of conv2: which hidden channels it reads and writes, and its packed weights.
 template <typename T>
@@ -37,6 +48,7 @@ struct Weights {
   const T* conv3;
   const T* downsample;
   const float* biases[4];  // of conv1, conv2, conv3 and the downsample convolution
+  const PanelSource<T>* source = nullptr;  // of conv1, conv2 (of one group) and conv3, or null
 };
 
 // The weights as they were packed.
@@ -96,6 +108,11 @@ class Bottleneck {
   }
 
   bool keeps_any() const { return !w_.kept.empty(); }
+  // Whether all outputs fit one chunk, so that gathered weights are used once.
+  bool keeps_few() const {
+    return 4 * static_cast<int64_t>(use_tiles_ ? w_.tiles.size() : 0) <= kFewRows &&
+           static_cast<int64_t>(w_.kept.size()) <= kFewRows;
+  }
   bool use_tiles() const { return use_tiles_; }
 
   // `hidden`: channels of conv1's and conv2's outputs that the weights are for; `channels`: which
@@ -119,7 +136,8 @@ class Bottleneck {
       if (use_tiles_) clear_blank();
     }
     const int64_t units = use_tiles_ ? w_.tiles.size() : w_.kept.size();
-    const int64_t chunk = use_tiles_ ? kChunkTiles : kChunkRows;
+    const int64_t chunk = use_tiles_ ? (weights.source ? kFewRows / 4 : kChunkTiles)
+                                     : (weights.source ? kFewRows : kChunkRows);
     const int64_t values = (use_tiles_ ? 4 : 1) * row_;  // of a unit
     if (a_.excitation && hidden > 0) {
       excited(units, chunk, channels);
@@ -251,7 +269,7 @@ class Bottleneck {
     const Panels panels{hidden_};
     const int64_t stride = a_.strides[0];
     parallel_chunks(
-        list.size(), kChunkRows, panels.count(),
+        list.size(), weights_->source ? kFewRows : kChunkRows, panels.count(),
         [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
           const T** in = scratch().pointers.template get<const T*>(2 * (hi - lo));
           T** out = const_cast<T**>(in) + (hi - lo);
@@ -262,8 +280,8 @@ class Bottleneck {
             out[i - lo] = map_row(p.image, p.y, p.x);
           }
           const Tap<T> tap{in, 0, s_.c_in, weights_->conv1, 0, 1};
-          run_panels<T>(hi - lo, &tap, 1, panels, first, last,
-                        {weights_->biases[0], nullptr, out, 0, true});
+          run(Convolution::kFirst, 0, 1, hi - lo, &tap, 1, panels, first, last,
+              {weights_->biases[0], nullptr, out, 0, true});
           if (has_constant_ && last == panels.count()) {
             for (int64_t i = 0; i < hi - lo; ++i) out[i][hidden_] = one(T{});
           }
@@ -296,8 +314,8 @@ class Bottleneck {
         taps[t] = {in, step + group.first, group.channels, group.weights, t, 9};
         taps[9 + t] = {in, step + hidden_, 1, group.constant, t, 9};
       }
-      run_panels<T>(rows, taps, has_constant_ ? 18 : 9, panels, begin, end,
-                    {weights_->biases[1] + group.first, nullptr, out, group.first, true});
+      run(Convolution::kSecond, 0, 9, rows, taps, has_constant_ ? 18 : 9, panels, begin, end,
+          {weights_->biases[1] + group.first, nullptr, out, group.first, true});
     }
   }
 
@@ -324,8 +342,8 @@ class Bottleneck {
         const int64_t offset = t * tiles * row_;
         const Tap<float> taps[2] = {{in, offset, hidden_, group.weights, t, kTile},
                                     {in, offset + hidden_, 1, group.constant, t, kTile}};
-        run_panels<float>(tiles, taps, has_constant_ ? 2 : 1, panels, p, p + 1,
-                          {nullptr, nullptr, out, t * tiles * kPanel - p * kPanel, false});
+        run(Convolution::kSecond, t, 1, tiles, taps, has_constant_ ? 2 : 1, panels, p, p + 1,
+            {nullptr, nullptr, out, t * tiles * kPanel - p * kPanel, false});
         const int64_t part = (p - first) * kTile + t, parts = (last - first) * kTile;
         prefetch_outputs(lo + tiles * part / parts, lo + tiles * (part + 1) / parts);
       }
@@ -385,9 +403,22 @@ class Bottleneck {
     }
     const Tap<T> taps[2] = {{in, 0, hidden_, weights_->conv3, 0, 1},
                             {side, 0, shortcut_channels_, weights_->downsample, 0, 1}};
-    run_panels<T>(rows, taps, s_.downsample ? 2 : 1, out_panels_, first, last,
-                  {s_.downsample ? summed_bias_ : weights_->biases[2],
-                   s_.downsample ? nullptr : side, out, 0, true});
+    run(Convolution::kThird, 0, 1, rows, taps, s_.downsample ? 2 : 1, out_panels_, first, last,
+        {s_.downsample ? summed_bias_ : weights_->biases[2], s_.downsample ? nullptr : side, out,
+         0, true});
+  }
+
+  // run_panels; where there is a source, the weights of the first `own_taps` come from there.
+  void run(Convolution which, int64_t tap, int own_taps, int64_t rows, const Tap<T>* taps,
+           int tap_count, const Panels& panels, int64_t first, int64_t last,
+           const Target<T>& target) const {
+    if (weights_->source == nullptr) {
+      return run_panels<T>(rows, taps, tap_count, panels, first, last, target);
+    }
+    for (int64_t p = first; p < last; ++p) {
+      run_panel<T>(rows, taps, tap_count, panels, p, target,
+                   weights_->source->panel(which, p, tap, own_taps), own_taps);
+    }
   }
 
   bool is_kept(int64_t image, int64_t y, int64_t x) const {

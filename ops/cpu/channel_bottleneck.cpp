@@ -37,14 +37,16 @@ void run_channels(const at::Tensor& x, const Arguments& a, const Shape& all,
     const Selection selection(channels.const_data_ptr<bool>() + n * decisions, decisions, s.hidden,
                               a.groups);
     block.plan(kPacking);
-    const bool whole = selection.count() == s.hidden || !block.keeps_any();
+    if (selection.count() == s.hidden || !block.keeps_any()) {
+      return block.run(all_channels<T>(a, s, block.use_tiles()), s.hidden, nullptr);
+    }
+    SelectedWeights<T> weights(a, s, selection, constants, block.use_tiles());
+    const bool at_once = a.groups > 1 || !block.keeps_few();
     std::vector<int32_t> channels_of_image;
     for (int64_t c = 0; c < s.hidden; ++c) {
       if (selection.on[c]) channels_of_image.push_back(static_cast<int32_t>(c));
     }
-    block.run(whole ? all_channels<T>(a, s, block.use_tiles())
-                    : select_channels<T>(a, s, selection, constants, block.use_tiles()),
-              whole ? s.hidden : selection.count(), whole ? nullptr : &channels_of_image);
+    block.run(weights.gather(at_once), selection.count(), &channels_of_image);
   };
   if (all.images >= free_threads()) {
     parallel_tasks(all.images, run);

@@ -282,13 +282,19 @@ void max_rows(const T* const* rows, int count, int64_t channels, T* out) {
 }
 
 template <typename V>
-void select_columns(const void* const* panels, const uint16_t* lanes, int64_t vectors, void* out) {
-  constexpr int kBytes = 4, kPanelVectors = kPanel / kLanes;
-  char* next = static_cast<char*>(out);
-  for (int64_t v = 0; v < vectors; ++v) {
-    const char* panel = static_cast<const char*>(panels[v / kPanelVectors]);
-    V::compress(panel + v % kPanelVectors * kLanes * kBytes, lanes[v], next);
-    next += __builtin_popcount(lanes[v]) * kBytes;
+void select_columns(const Move* moves, int move_count, const int32_t* rows, int64_t count,
+                    int64_t end, char* out, int64_t stride) {
+  constexpr int64_t kAhead = 8;  // rows
+  for (int64_t i = 0; i < count; ++i, out += stride) {
+    const int64_t row = rows == nullptr ? i : rows[i];
+    const int64_t next = i + kAhead < count ? (rows == nullptr ? i + kAhead : rows[i + kAhead]) : row;
+    for (int m = 0; m < move_count; ++m) {
+      const Move& move = moves[m];
+      __builtin_prefetch(move.from + next * move.stride);
+      // Columns beyond the wanted ones are overwritten by what comes next.
+      V::compress(move.from + row * move.stride, move.lanes, out + move.to);
+    }
+    if (end < stride) std::memset(out + end, 0, stride - end);
   }
 }
 

@@ -41,6 +41,15 @@ struct Panel {
   bool relu;
 };
 
+// 16 columns of a row of a packed weight: those whose bit is set in `lanes` go to byte `to` of the
+// gathered row.
+struct Move {
+  const char* from;  // in row 0
+  int64_t stride;    // bytes from row to row
+  int32_t to;
+  uint16_t lanes;
+};
+
 struct Kernels {
   void (*panel_f32)(const Panel<float>&);
   void (*panel_bf16)(const Panel<bf16>&);
@@ -57,10 +66,11 @@ struct Kernels {
   // out[i] = max over `count` rows.
   void (*max_f32)(const float* const* rows, int count, int64_t channels, float* out);
   void (*max_bf16)(const bf16* const* rows, int count, int64_t channels, bf16* out);
-  // Moves the wanted columns of a row of a packed weight together: panels[i] has columns 64 * i to
-  // 64 * i + 63, bit j of lanes[v] wants column 16 * v + j. A column has 4 bytes. Writes up to
-  // kLanes columns more than wanted.
-  void (*select)(const void* const* panels, const uint16_t* lanes, int64_t vectors, void* out);
+  // Gathers `count` rows of columns of 4 bytes: out row i gets the wanted columns of row rows[i]
+  // (null: i) of every move, then zeros from byte `end` to the end of the row, whose size is
+  // `stride` bytes. May write up to kLanes columns after the last row.
+  void (*select)(const Move* moves, int move_count, const int32_t* rows, int64_t count,
+                 int64_t end, char* out, int64_t stride);
   // sum[c] += sum over `positions` consecutive positions.
   void (*sum_f32)(const float* x, int64_t positions, int64_t channels, float* sum);
   void (*sum_bf16)(const bf16* x, int64_t positions, int64_t channels, float* sum);

@@ -19,8 +19,6 @@ struct Selection {
   std::vector<int32_t> channels;  // the wanted ones, ascending, numbered inside their group
   std::vector<int64_t> firsts;    // of each group in `channels`, and the end
   std::vector<uint8_t> on;        // per hidden channel
-  std::vector<uint16_t> lanes, group_lanes;  // 16 channels each; conv2's groups are rounded up
-  int64_t group_vectors;
 };
 
 // What skipped channels of conv1's and conv2's outputs hold, or null: zero.
@@ -29,9 +27,65 @@ struct Constants {
   const float* conv2 = nullptr;
 };
 
-// The weights for `selection`, in memory of this thread's workspace until the next call.
+// Gathers the weights for one image, all at once or panel by panel.
 template <typename T>
-Weights<T> select_channels(const Arguments& a, const Shape& s, const Selection& selection,
-                           const Constants& constants, bool use_tiles);
+class SelectedWeights : public PanelSource<T> {
+ public:
+  // `use_tiles`: conv2's weights in Winograd form.
+  SelectedWeights(const Arguments& a, const Shape& s, const Selection& selection,
+                  const Constants& constants, bool use_tiles);
+
+  // The weights, in memory of this thread's workspace that lives until the next call. With
+  // `at_once` false those of the convolutions are null and come from panel().
+  Weights<T> gather(bool at_once);
+
+  const T* panel(Convolution which, int64_t panel, int64_t tap, int64_t taps) const override;
+
+ private:
+  // 16 source columns of which some go to byte `to` of a row.
+  struct Step {
+    int64_t column;
+    int32_t to;
+    uint16_t lanes;
+  };
+  // A convolution, packed, in columns of 4 bytes: a float, or a pair of bfloat16 input channels.
+  struct Packed {
+    char* data;
+    int64_t rows;  // per tap
+    int64_t taps;
+    Panels panels;
+
+    char* at(int64_t panel, int64_t tap) const {
+      return data + 4 * rows * (panel * kPanel * taps + tap * panels.width(panel));
+    }
+  };
+  // A convolution of which some input and output channels are gathered.
+  struct Part {
+    Packed from, to;
+    const int32_t* inputs;  // the wanted ones, null: all
+    int64_t input_count;
+    std::vector<std::vector<Step>> steps;  // per panel of `to`
+  };
+
+  void add(const T* from, int64_t depth, int64_t channels, int64_t taps, const int32_t* inputs,
+           int64_t count, const uint8_t* wanted);
+  void set_vectors();
+  void gather_rows(const Part& part, int64_t panel, int64_t tap, int64_t first, int64_t last,
+                   char* out) const;
+  void sum_constants(int64_t group, int64_t tap) const;
+  void shift(int64_t panel) const;
+
+  const Arguments& a_;
+  const Shape& s_;
+  const Selection& c_;
+  const Constants constants_;
+  Workspace& w_;
+  const int64_t taps_;
+  Weights<T> weights_{};
+  std::vector<Part> parts_;  // conv1, conv3, conv2's groups
+  std::vector<int32_t> whole_;  // the wanted channels, numbered from the first one
+  float* shifted_ = nullptr;
+  T* skipped_[2] = {};  // constants of the channels that are not wanted
+};
 
 }  // namespace las_mm::cpu

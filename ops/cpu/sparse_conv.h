@@ -54,25 +54,32 @@ struct Target {
   bool relu;
 };
 
+// Output channels of panel `p` for all rows. The weights of the first `gathered_taps` taps are not
+// theirs, but lie one after the other in `gathered`.
+template <typename T>
+void run_panel(int64_t rows, const Tap<T>* taps, int tap_count, const Panels& panels, int64_t p,
+               const Target<T>& target, const T* gathered = nullptr, int gathered_taps = 0) {
+  if (rows == 0) return;
+  Segment<T> segments[kMaxTaps];
+  const int width = panels.width(p);
+  for (int t = 0; t < tap_count; ++t) {
+    const Tap<T>& tap = taps[t];
+    const int64_t depth = packed_depth<T>(tap.depth);
+    segments[t] = {tap.rows, tap.offset, tap.depth,
+                   t < gathered_taps
+                       ? gathered + depth * t * width
+                       : tap.weights + depth * (p * kPanel * tap.count + tap.index * width)};
+  }
+  panel_kernel(T{})({rows, segments, tap_count, width, panels.valid(p),
+                     target.bias == nullptr ? nullptr : target.bias + p * kPanel, target.residual,
+                     target.out, target.column + p * kPanel, target.relu});
+}
+
 // Output channels of the panels [first, last) for all rows.
 template <typename T>
 void run_panels(int64_t rows, const Tap<T>* taps, int tap_count, const Panels& panels,
                 int64_t first, int64_t last, const Target<T>& target) {
-  if (rows == 0) return;
-  const auto kernel = panel_kernel(T{});
-  Segment<T> segments[kMaxTaps];
-  for (int64_t p = first; p < last; ++p) {
-    const int width = panels.width(p);
-    for (int t = 0; t < tap_count; ++t) {
-      const Tap<T>& tap = taps[t];
-      const int64_t depth = packed_depth<T>(tap.depth);
-      segments[t] = {tap.rows, tap.offset, tap.depth,
-                     tap.weights + depth * (p * kPanel * tap.count + tap.index * width)};
-    }
-    kernel({rows, segments, tap_count, width, panels.valid(p),
-            target.bias == nullptr ? nullptr : target.bias + p * kPanel, target.residual,
-            target.out, target.column + p * kPanel, target.relu});
-  }
+  for (int64_t p = first; p < last; ++p) run_panel(rows, taps, tap_count, panels, p, target);
 }
 
 // Threads that a parallel loop started here would get.

@@ -34,7 +34,7 @@ class Buffer {
 
 // What one worker thread needs for a chunk of positions.
 struct Scratch {
-  Buffer pointers, values, hidden, output;
+  Buffer pointers, values, hidden, output, weights;
 };
 Scratch& scratch();  // of the current thread
 
@@ -45,7 +45,7 @@ using Positions = std::vector<int32_t>;
 struct Workspace {
   Buffer map, hidden, bias, zeros, bytes, spread, scores;
   Buffer scales;  // of squeeze-and-excitation
-  Buffer selected[3], constant, vectors;  // weights of the channels of one image
+  Buffer selected, constant, vectors;  // weights of the channels of one image
   Positions kept, dropped, halo, blank, tiles;
 };
 Workspace& workspace();

@@ -261,6 +261,4 @@ def test_opcheck(name):
 def test_opcheck_downsampled():
     block = cases.Block(2, (7, 9), (8, 8, 24), strides=(1, 2), downsample=True)
     case = ChannelBlock(block, 4, ("0.6", "none"), True)
-    torch.library.opcheck(
-        torch.ops.las_mm.channel_bottleneck.default, (block.x, *case.arguments)
-    )
+    torch.library.opcheck(torch.ops.las_mm.channel_bottleneck.default, (block.x, *case.arguments))
