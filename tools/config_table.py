@@ -31,14 +31,15 @@ COLLECTIONS = {
 DETECTORS = dict(FasterRCNN="Faster R-CNN", MaskRCNN="Mask R-CNN", RetinaNet="RetinaNet")
 COLUMNS = (
     "config",
+    "data set",
     "model",
     "backbone",
     "mode",
     "S",
     "G",
-    "FLOPs target",
+    "target",
     "backbone lr",
-    "epochs",
+    "training",
     "images per device",
 )
 
@@ -67,20 +68,29 @@ def describe(path: Path) -> dict:
     keys = cfg.optim_wrapper.get("paramwise_cfg", {}).get("custom_keys", {})
     optimizer = cfg.optim_wrapper.optimizer
     arch = backbone.get("arch")
+    data = "COCO" if cfg.model.type in DETECTORS else "ImageNet-1k"
+    data = "CIFAR-10" if "cifar10" in path.stem else data
+    steps = cfg.train_cfg.get("max_iters")
     return {
         "path": path.relative_to(ROOT).as_posix(),
         "name": path.stem,
-        "classifier": cfg.model.type == "las_mm.DistilledClassifier",
         "model": DETECTORS.get(cfg.model.type, "classifier"),
         "backbone": f"ResNet-{backbone.depth}" if arch is None else _regnet_name(arch),
         "mode": mode,
         "S": "-".join(map(str, backbone.granularity)) if mode in ("spatial", "both") else "",
         "G": str(backbone.get("channel_granularity", 2)) if mode in ("channel", "both") else "",
-        "FLOPs target": "" if budget is None else f"{budget['loss']['target']:g}",
+        "target": "" if budget is None else _target(budget["loss"]),
         "backbone lr": f"{optimizer.lr * keys.get('backbone', {}).get('lr_mult', 1):g}",
-        "epochs": str(cfg.train_cfg.max_epochs),
+        "data set": data,
+        "training": f"{steps} steps" if steps else f"{cfg.train_cfg.max_epochs} epochs",
         "images per device": str(cfg.train_dataloader.batch_size),
     }
+
+
+def _target(loss: dict) -> str:
+    if loss.get("metric", "flops") == "flops":
+        return f"{loss['target']:g} of FLOPs"
+    return f"{loss['target']:g} of {loss['metric']}"
 
 
 def _regnet_name(arch: str) -> str:
@@ -127,17 +137,17 @@ def metafile(rows: list[dict]) -> str:
 
 def _model(row: dict) -> dict:
     architecture = {"Mode": row["mode"], "S": row["S"], "G": row["G"]}
-    tasks = ["Image Classification"] if row["classifier"] else ["Object Detection"]
+    tasks = ["Object Detection" if row["data set"] == "COCO" else "Image Classification"]
     if row["model"] == "Mask R-CNN":
         tasks.append("Instance Segmentation")
     metadata = {
-        "Training Data": "ImageNet-1k" if row["classifier"] else "COCO",
-        "Epochs": int(row["epochs"]),
+        "Training Data": row["data set"],
+        "Training": row["training"],
         "Backbone": row["backbone"],
         **{key: value for key, value in architecture.items() if value},
     }
-    if row["FLOPs target"]:
-        metadata["FLOPs Target"] = float(row["FLOPs target"])
+    if row["target"]:
+        metadata["Target"] = row["target"]
     return {
         "Name": row["name"],
         "In Collection": "LAUDNet" if "laudnet" in row["name"] else "LASNet",
