@@ -1,0 +1,71 @@
+"""Channel skipping and squeeze-and-excitation on a GPU: the CPU's cases in the emulator."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from . import cases, emulated
+from . import test_channel_ops as channels
+from . import test_excitation as excitation
+from .test_emulated_kernels import KINDS, TILES, TOLERANCE, libraries, on_machine, tolerances
+
+__all__ = ["libraries", "tolerances"]  # fixtures
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+CHECKS = {  # and the number of cases per kind and tile
+    channels.test_channels_equal_masked_dense: 24,
+    channels.test_channels_in_place: 8,
+    channels.test_channels_of_several_panels: 3,
+    excitation.test_equals_the_definition: 16,
+    excitation.test_in_place: 6,
+}
+
+
+def adapt(case, dtype):
+    """The drawn case with what the CUDA kernels know."""
+    if isinstance(case, cases.Block):
+        return on_machine(case, dtype)
+    changes = {"block": on_machine(case.block, dtype)}
+    if getattr(case, "channels", None) is not None:
+        changes["channels"] = replace(case.channels, block=changes["block"])
+    return replace(case, **changes)
+
+
+def check_drawn(test, machine, dtype, examples, **changes):
+    """Run a test of test_channel_ops.py or test_excitation.py in the emulator."""
+
+    @cases.drawn(test.strategy, examples, **changes)
+    def every(case):
+        case = adapt(case, dtype)
+        machine.seed = getattr(case, "block", case).seed
+        test.check(machine, case)
+
+    every()
+
+
+# Large tiles have no registers left for what these products need beside.
+@pytest.mark.parametrize("tile", ["medium", "small"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("test", CHECKS, ids=lambda test: test.__name__.removeprefix("test_"))
+def test_drawn_cases(test, kind, tile, libraries):
+    dtype, capability, tf32 = KINDS[kind]
+    if tf32:
+        cases.TOLERANCE[torch.float32] = TOLERANCE["tf32"]
+    machine = emulated.Machine(libraries[dtype], capability, tf32, TILES[tile])
+    check_drawn(test, machine, dtype, CHECKS[test])
+
+
+@pytest.mark.parametrize("dtype", emulated.ELEMENTS)
+def test_channel_mean(dtype, libraries):
+    check_drawn(channels.test_channel_mean, emulated.Machine(libraries[dtype]), dtype, 30)
+
+
+def test_channel_mean_in_parts(libraries):
+    x = torch.rand(2, 40, 50, 61)
+    means = emulated.Machine(libraries[torch.float32])("channel_mean", x)
+    torch.testing.assert_close(means, x.mean((2, 3)))
