@@ -89,7 +89,7 @@ def parse_ptxas(text: str) -> dict[tuple[str, int], Compiled]:
 # GPUs that have them, and one without for the other GPUs (or, as tf32 is optional, for all).
 CONSTANTS = r"""
 #include <cstdio>
-#include "cuda/sequences.cuh"
+#include "cuda/channel_sequences.cuh"
 
 using namespace las_mm::cuda;
 using __half = half;
