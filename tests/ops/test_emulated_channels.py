@@ -65,7 +65,9 @@ def test_traffic_is_near_the_least(libraries):
     block = dict(kernel_traffic.blocks())["layer4.1"]
     for row in kernel_traffic.measure_channels(block, libraries[kernel_traffic.DTYPE]):
         kernel, _, megabytes, ratio, _, _, padding = row
-        assert ratio <= 1.1 or megabytes < 0.1, row  # of lists and vectors, ends of lines count
+        # Columns that are not wanted lie between those that are; of short vectors the ends count.
+        limit = 1.4 if kernel == "SelectWeights" else 1.1
+        assert ratio <= limit or megabytes < 0.1, row
         assert padding is None or padding <= 1.1, row
 
 
