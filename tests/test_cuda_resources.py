@@ -206,6 +206,7 @@ class TestConstants:
             "SparseGemm<Tile<float, 64, 1, 32, true, true> >",
             "SparseGemm<Tile<__half, 64, 1, 0, false, false> >",
             "SparseGemm<Tile<float, 64, 1, 0, false, false> >",
+            "SparseGemm<Selected<Tile<__half, 64, 1, 32, true, false> > >",
             "ReluRows<__nv_bfloat16>",
             "DecidePatches<__half, 256>",
         ]
@@ -229,6 +230,7 @@ class TestConstants:
             "SparseGemm float 64x64 tensor cores scores",
             "SparseGemm half 128x128 tensor cores",
             "SparseGemm half 64x64 plain",
+            "SparseGemm half 64x64 tensor cores selected",
         ]
 
     def test_know_where_a_kernel_is_launched(self, constants):

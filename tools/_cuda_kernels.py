@@ -89,7 +89,7 @@ def parse_ptxas(text: str) -> dict[tuple[str, int], Compiled]:
 # GPUs that have them, and one without for the other GPUs (or, as tf32 is optional, for all).
 CONSTANTS = r"""
 #include <cstdio>
-#include "cuda/sequences.cuh"
+#include "cuda/channel_sequences.cuh"
 
 using namespace las_mm::cuda;
 using __half = half;
@@ -153,10 +153,11 @@ class Constants:
         names = self.kernel.replace("__nv_bfloat16", "bf16").replace("__half", "half")
         if not self.rows:
             return " ".join(re.findall(r"\w+", names))
-        name, _, element = re.findall(r"\w+", names)[:3]
+        name, *_, element = re.findall(r"\w+", names.split(",")[0])
+        selected = " selected" if "Selected<" in names else ""
         unit = "tensor cores" if self.tensor_cores else "plain"
         scores = " scores" if self.scores else ""
-        return f"{name} {element} {self.rows}x{self.columns} {unit}{scores}"
+        return f"{name} {element} {self.rows}x{self.columns} {unit}{scores}{selected}"
 
 
 def read_constants(

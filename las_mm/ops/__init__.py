@@ -69,9 +69,9 @@ def _devices_with(name: str) -> frozenset[str]:
 
 _SPARSE_OPS = _devices_with("sparse_bottleneck")
 _CHANNELS = _devices_with("channel_bottleneck")
+_EXCITATION = _devices_with("channel_mean")  # built with the kernels of channels
 _STEM = _devices_with("conv_pool_stem")
 _WINOGRAD = frozenset({"cpu"})
-_EXCITATION = frozenset({"cpu"})
 
 
 def has_kernels(device_type: str) -> bool:

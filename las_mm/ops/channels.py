@@ -248,7 +248,7 @@ def channel_mean(x: Tensor) -> Tensor:
     """Global average pool, what a channel masker reads, in one pass over a channels_last map.
 
     Args:
-        x: (N, C, H, W), float32 or bfloat16.
+        x: (N, C, H, W), float32 or bfloat16, on a GPU also float16.
 
     Returns:
         (N, C), float32. No gradient.

@@ -16,6 +16,7 @@
 #include <optional>
 #include <vector>
 
+#include "cuda/channel_sequences.cuh"
 #include "cuda/platform.cuh"
 #include "cuda/sequences.cuh"
 
@@ -173,7 +174,8 @@ void with_type(at::ScalarType type, const Use& use) {
 // Compiled in gemm_*.cu, once.
 #define LAS_MM_DECLARE_GEMM(T)                                             \
   extern template void gemm<false, T, Device>(Device&, GemmParams<T>); \
-  extern template void gemm<true, T, Device>(Device&, GemmParams<T>)
+  extern template void gemm<true, T, Device>(Device&, GemmParams<T>);  \
+  extern template void selected_gemm<T, Device>(Device&, GemmParams<T>)
 LAS_MM_DECLARE_GEMM(float);
 LAS_MM_DECLARE_GEMM(half);
 LAS_MM_DECLARE_GEMM(bf16);

@@ -5,5 +5,6 @@ namespace las_mm::cuda {
 
 template void gemm<false, bf16, Device>(Device&, GemmParams<bf16>);
 template void gemm<true, bf16, Device>(Device&, GemmParams<bf16>);
+template void selected_gemm<bf16, Device>(Device&, GemmParams<bf16>);
 
 }  // namespace las_mm::cuda

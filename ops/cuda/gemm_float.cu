@@ -5,5 +5,6 @@ namespace las_mm::cuda {
 
 template void gemm<false, float, Device>(Device&, GemmParams<float>);
 template void gemm<true, float, Device>(Device&, GemmParams<float>);
+template void selected_gemm<float, Device>(Device&, GemmParams<float>);
 
 }  // namespace las_mm::cuda

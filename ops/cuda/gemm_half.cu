@@ -5,5 +5,6 @@ namespace las_mm::cuda {
 
 template void gemm<false, half, Device>(Device&, GemmParams<half>);
 template void gemm<true, half, Device>(Device&, GemmParams<half>);
+template void selected_gemm<half, Device>(Device&, GemmParams<half>);
 
 }  // namespace las_mm::cuda

@@ -19,6 +19,19 @@ struct Source {
   int depth;     // input channels of one group
   int taps;      // 1, or 9 for a 3x3 kernel with padding == dilation
   int stride, dilation;
+  // Tiles of Selected only.
+  bool selected = false;         // `data` and the depth of `weight` are the image's channels
+  int64_t image_values = 0;      // of `weight`, from image to image
+  int64_t group_values = 0;      // and from group to group
+};
+
+// The channels that each image computes, group by group in memory, see channels.cuh. A product of
+// one group takes those of all.
+struct Selection {
+  Global<const int32_t> firsts;  // (images, groups + 1): where a group's begin; the last: all
+  int images, groups;
+  bool columns;  // the outputs are such channels, and so are the biases; else only depths
+  int row;       // values from row to row of `out`; of selected outputs also of biases
 };
 
 template <typename T>
@@ -40,6 +53,9 @@ struct GemmParams {
   // Masker (kScores): the difference of its two logits, without bias, per position.
   Global<const T> masker_weight;  // (2, channels)
   Global<float> scores;
+  // Selected tiles: images have lists of their own, one behind the other with room for all of the
+  // image's positions, counts, and weights; `columns` is the most that a group may have.
+  Selection selection;
 };
 
 // The shape of a tile and who computes what of it.
@@ -58,6 +74,7 @@ struct Tile {
   static constexpr int kWarpColumns = kWarpColumns_;
   static constexpr bool kTensorCores = kTensorCores_;
   static constexpr bool kScores = kScores_;
+  static constexpr bool kSelected = false;
   static constexpr int kStages = 3;
 
   static constexpr int kColumns = kPanels * kPanel;
@@ -75,6 +92,12 @@ struct Tile {
   static constexpr int kPanelBytes = kStepWords * kPanelStride * 4;
   static constexpr int kStageBytes = kInputBytes + kPanels * kPanelBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+};
+
+// The same tile of a product whose images have different channels.
+template <class Tile>
+struct Selected : Tile {
+  static constexpr bool kSelected = true;
 };
 
 // Two packed 16-bit values as float32.

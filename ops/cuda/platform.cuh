@@ -200,6 +200,8 @@ LAS_MM_DEVICE uint32_t round_to_tf32(uint32_t bits) {
 LAS_MM_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 LAS_MM_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
+LAS_MM_DEVICE float exponential(float value) { return expf(value); }
+
 LAS_MM_DEVICE float to_float(float value) { return value; }
 LAS_MM_DEVICE float to_float(half value) { return __half2float(value); }
 LAS_MM_DEVICE float to_float(bf16 value) { return __bfloat162float(value); }

@@ -122,4 +122,52 @@ struct ListPositions {
   }
 };
 
+// Lists kept outputs and conv1 outputs that they read, image by image, and dropped outputs of all.
+// `counts` has to be zero before.
+struct ListImages {
+  struct Params {
+    MaskGeometry geometry;
+    Global<const uint8_t> mask;  // (images, rows, columns)
+    Global<int32_t> kept, halo, dropped;  // the last may be absent
+    Global<int32_t> counts;  // kept and halo of each image, then dropped
+  };
+  static constexpr int kThreads = 256;
+  static constexpr int kSharedBytes = 0;
+  static constexpr int kMinBlocks = 2;
+
+  LAS_MM_DEVICE static void run(const Params& p) {
+    const MaskGeometry& g = p.geometry;
+    const int hidden = g.height * g.width, outputs = g.out_height * g.out_width;
+    // Whole warps belong to one map of one image.
+    const int64_t hidden_threads = ceil_div(hidden, 32) * 32;
+    const int64_t threads = hidden_threads + ceil_div(outputs, 32) * 32;
+    const int64_t begin = block_index() * kThreads + thread_index() / 32 * 32;
+    for (int64_t warp = begin; warp < g.images * threads; warp += block_count() * kThreads) {
+      const int image = static_cast<int>(warp / threads);
+      const int64_t in_image = warp % threads;
+      const int i = static_cast<int>(in_image) + thread_index() % 32;
+      if (in_image < hidden_threads) {
+        const bool read = i < hidden && is_read(g, p.mask, image, i / g.width, i % g.width);
+        append_of(p.halo, p.counts, g.images, image, read, hidden, i);
+      } else {
+        const int o = i - static_cast<int>(hidden_threads);
+        const bool valid = o < outputs;
+        const bool kept = valid && is_kept(g, p.mask, image, o / g.out_width, o % g.out_width);
+        append_of(p.kept, p.counts, 0, image, kept, outputs, o);
+        if (p.dropped.data != nullptr) {
+          append(p.dropped, p.counts, 2 * g.images, valid && !kept,
+                 static_cast<int64_t>(image) * outputs + o);
+        }
+      }
+    }
+  }
+
+  LAS_MM_DEVICE static void append_of(Global<int32_t> list, const Global<int32_t>& counts,
+                                      int which, int image, bool wanted, int positions, int i) {
+    const int64_t begin = static_cast<int64_t>(image) * positions;
+    list.data += begin;
+    append(list, counts, which + image, wanted, begin + i);
+  }
+};
+
 }  // namespace las_mm::cuda

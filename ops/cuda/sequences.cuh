@@ -7,6 +7,7 @@
 //   launch<Kernel>(blocks, params)              at most as many blocks as fit on the device at once
 #pragma once
 
+#include "cuda/excitation_sequences.cuh"
 #include "cuda/platform.cuh"
 #include "cuda/positions.cuh"
 #include "cuda/rows.cuh"
@@ -231,8 +232,46 @@ struct Bottleneck {
   bool downsample;
   Global<const T> shortcut;  // absent, or (images, out_height, out_width, shortcut_channels)
   int shortcut_channels;
+  Excitation excitation;
   Global<T> out;  // may be x: then dropped positions stay as they are
 };
+
+// What conv3's product adds to the branch.
+template <typename T>
+void add_shortcut(const Bottleneck<T>& b, GemmParams<T>& conv3) {
+  const MaskGeometry& g = b.geometry;
+  if (!b.downsample) {
+    conv3.residual = b.x;
+    return;
+  }
+  const bool pooled = b.shortcut.data != nullptr;
+  conv3.sources[1] =
+      pooled ? pointwise(b.shortcut, b.weights[3], g.out_height, g.out_width,
+                         b.shortcut_channels, 1)
+             : pointwise(b.x, b.weights[3], b.height, b.width, b.c_in, b.first_stride * g.stride);
+  conv3.source_count = 2;
+  conv3.second_bias = b.biases[3];
+}
+
+// Dropped outputs, which are the shortcut alone.
+template <class Device, typename T>
+void write_dropped(Device& device, const Bottleneck<T>& b, const GemmParams<T>& conv3,
+                   const Lists& lists, int which) {
+  const MaskGeometry& g = b.geometry;
+  const Global<const int32_t> count = lists.count(which);
+  if (b.downsample) {
+    auto side = one_source(conv3.sources[1], g.images, g.out_height, g.out_width, 1, b.c_out,
+                           b.biases[3], b.out);
+    side.list = lists.dropped;
+    side.count = count;
+    gemm(device, side);
+  } else {
+    const bool vectors = fits_vectors<T>(b.c_out) && aligned(b.x) && aligned(b.out);
+    typename ReluRows<T>::Params rest{b.x, b.out, lists.dropped, count, b.c_out, vectors};
+    device.template launch<ReluRows<T>>(
+        ceil_div(g.outputs() * ceil_div(b.c_out, Chunk<T>::kCount), ReluRows<T>::kThreads), rest);
+  }
+}
 
 // las_mm::sparse_bottleneck and, where `out` is `x`, las_mm::sparse_bottleneck_.
 template <class Device, typename T>
@@ -260,35 +299,19 @@ void sparse_bottleneck(Device& device, const Bottleneck<T>& b) {
     conv2.list = conv3.list = lists.kept;
     conv2.count = conv3.count = lists.count(ListPositions::kKept);
   }
-  if (b.downsample) {
-    const bool pooled = b.shortcut.data != nullptr;
-    conv3.sources[1] =
-        pooled ? pointwise(b.shortcut, b.weights[3], g.out_height, g.out_width,
-                           b.shortcut_channels, 1)
-               : pointwise(b.x, b.weights[3], b.height, b.width, b.c_in,
-                           b.first_stride * g.stride);
-    conv3.source_count = 2;
-    conv3.second_bias = b.biases[3];
-  } else {
-    conv3.residual = b.x;
-  }
+  add_shortcut(b, conv3);
   gemm(device, conv1);
   gemm(device, conv2);
-  gemm(device, conv3);
-  if (!masked || in_place) return;
-  const Global<const int32_t> count = lists.count(ListPositions::kDropped);
-  if (b.downsample) {  // dropped outputs are the shortcut alone
-    auto side = one_source(conv3.sources[1], g.images, g.out_height, g.out_width, 1, b.c_out,
-                           b.biases[3], b.out);
-    side.list = lists.dropped;
-    side.count = count;
-    gemm(device, side);
-  } else {
-    const bool vectors = fits_vectors<T>(b.c_out) && aligned(b.x) && aligned(b.out);
-    typename ReluRows<T>::Params rest{b.x, b.out, lists.dropped, count, b.c_out, vectors};
-    device.template launch<ReluRows<T>>(
-        ceil_div(g.outputs() * ceil_div(b.c_out, Chunk<T>::kCount), ReluRows<T>::kThreads), rest);
+  if (b.excitation.weights[0].data != nullptr) {
+    KeptRows<T> rows{};
+    rows.geometry = g;
+    rows.mask = b.mask;
+    rows.data = gathered;
+    rows.row = rows.channels = b.hidden;
+    excite(device, b.excitation, rows, {}, b.hidden);
   }
+  gemm(device, conv3);
+  if (masked && !in_place) write_dropped(device, b, conv3, lists, ListPositions::kDropped);
 }
 
 }  // namespace las_mm::cuda

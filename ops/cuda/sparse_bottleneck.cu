@@ -2,9 +2,7 @@
 // positions that it must compute, with the lists built on the device.
 #include <torch/library.h>
 
-#include "common/bottleneck_arguments.h"
-#include "common/checks.h"
-#include "cuda/device.h"
+#include "cuda/bottleneck.h"
 
 namespace las_mm::cuda {
 namespace {
@@ -13,42 +11,11 @@ using MaybeTensor = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 
 void run(const at::Tensor& x, Arguments a, const Shape& s, const at::Tensor& out) {
-  TORCH_CHECK_VALUE(a.weights[1].numel() > 0,
-                    "weights[1] must be given on a GPU, which has no Winograd form");
-  TORCH_CHECK_VALUE(!a.excitation, "excitation must be None on a GPU, which has no kernel for it");
+  const BottleneckCall call(x, std::move(a), s);
   if (s.images == 0) return;
-  make_contiguous(a);
-  for (at::Tensor& weight : a.weights) weight = packed_weight(weight);
-  const MaskGeometry g = mask_geometry(s.images, s.hidden_height, s.hidden_width, a.strides[1],
-                                       a.dilation, a.granularity);
-  at::Tensor patches, shortcut;
-  if (a.mask) patches = decisions(*a.mask);
-  if (a.shortcut) shortcut = a.shortcut->contiguous(at::MemoryFormat::ChannelsLast);
   Device device(x);
   with_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Bottleneck<T> b{};
-    b.geometry = g;
-    if (a.mask) b.mask = input<uint8_t>(patches);
-    b.x = input<T>(x);
-    b.height = static_cast<int>(s.height);
-    b.width = static_cast<int>(s.width);
-    b.c_in = static_cast<int>(s.c_in);
-    b.first_stride = static_cast<int>(a.strides[0]);
-    b.hidden = static_cast<int>(s.hidden);
-    b.c_out = static_cast<int>(s.c_out);
-    b.groups = static_cast<int>(a.groups);
-    for (size_t i = 0; i < a.weights.size(); ++i) {
-      b.weights[i] = input<T>(a.weights[i]);
-      b.biases[i] = input<float>(a.biases[i]);
-    }
-    b.downsample = s.downsample;
-    if (a.shortcut) {
-      b.shortcut = input<T>(shortcut);
-      b.shortcut_channels = static_cast<int>(shortcut.size(1));
-    }
-    b.out = output<T>(out);
-    sparse_bottleneck(device, b);
+    sparse_bottleneck(device, call.operator()<decltype(zero)>(out));
   });
 }
 

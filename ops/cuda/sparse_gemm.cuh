@@ -42,7 +42,21 @@ struct SparseGemm {
     int rows;  // listed positions in this tile
     int group;
     int panel;  // the first one
+    // Of Selected tiles.
+    int image = 0;
+    int first = 0;     // of the group's channels
+    int selected = 0;  // how many there are
   };
+
+  // Of one group at this place: output channels, and channels of a source.
+  LAS_MM_DEVICE static int columns_of(const Params& p, const Place& place) {
+    if constexpr (Tile::kSelected) return p.selection.columns ? place.selected : p.columns;
+    return p.columns;
+  }
+  LAS_MM_DEVICE static int depth_of(const Source<T>& s, const Place& place) {
+    if constexpr (Tile::kSelected) return s.selected ? place.selected : s.depth;
+    return s.depth;
+  }
 
   // Where in the depth the next step begins.
   struct Step {
@@ -55,7 +69,8 @@ struct SparseGemm {
     int position[kRowPasses];  // in the source through the current tap, or -1 in the padding
   };
 
-  LAS_MM_DEVICE static int position_of(const Params& p, int row) {
+  LAS_MM_DEVICE static int position_of(const Params& p, const Place& place, int row) {
+    if constexpr (Tile::kSelected) row += place.image * p.height * p.width;
     return p.list.data == nullptr ? row : p.list.load(row);
   }
 
@@ -66,7 +81,7 @@ struct SparseGemm {
       rows.image[i] = -1;
       rows.y[i] = rows.x[i] = 0;
       if (row < place.rows) {
-        const int position = position_of(p, place.first_row + row);
+        const int position = position_of(p, place, place.first_row + row);
         rows.x[i] = position % p.width;
         rows.y[i] = position / p.width % p.height;
         rows.image[i] = position / p.width / p.height;
@@ -91,6 +106,14 @@ struct SparseGemm {
   LAS_MM_DEVICE static void fill(const Params& p, const Place& place, const Step& step,
                                  const Rows& rows, int stage) {
     const Source<T>& s = p.sources[step.source];
+    const int depth = depth_of(s, place);
+    int first_channel = place.group * s.depth, first_weight = place.group;
+    Global<const T> weight = s.weight;
+    if constexpr (Tile::kSelected) {
+      first_channel = s.selected ? place.first : 0;
+      first_weight = 0;
+      weight.data += place.image * s.image_values + place.group * s.group_values;
+    }
     const int base = stage * Tile::kStageBytes;
     const int chunk = thread_index() % kRowChunks;
     LAS_MM_UNROLL
@@ -98,11 +121,11 @@ struct SparseGemm {
       const int row = thread_index() / kRowChunks + i * (kThreads / kRowChunks);
       const int at = base + (row * Tile::kRowStride + chunk * 4) * 4;
       const int64_t first =
-          static_cast<int64_t>(rows.position[i]) * s.channels + place.group * s.depth;
-      fill_input(p, s, first, rows.position[i] >= 0, step.channel, chunk, at);
+          static_cast<int64_t>(rows.position[i]) * s.channels + first_channel;
+      fill_input(p, s, depth, first, rows.position[i] >= 0, step.channel, chunk, at);
     }
-    const int padded = (p.columns + kPanelPad - 1) / kPanelPad * kPanelPad;
-    const int word_depth = (s.depth + Tile::kPair - 1) / Tile::kPair;
+    const int padded = (columns_of(p, place) + kPanelPad - 1) / kPanelPad * kPanelPad;
+    const int word_depth = (depth + Tile::kPair - 1) / Tile::kPair;
     LAS_MM_UNROLL
     for (int i = 0; i < kWeightPasses; ++i) {
       const int index = thread_index() + i * kThreads;
@@ -115,43 +138,44 @@ struct SparseGemm {
       const int k = step.channel / Tile::kPair + word_row;
       const bool valid = column < width && k < word_depth;
       // In words: groups, then panels, taps, depth, columns.
-      const int word = (place.group * padded + first_column) * s.taps * word_depth +
+      const int word = (first_weight * padded + first_column) * s.taps * word_depth +
                        (step.tap * word_depth + k) * width + column;
-      fill_weight(s, word * Tile::kPair, valid, word_row, column,
+      fill_weight(weight, word * Tile::kPair, valid, word_row, column,
                   base + Tile::kInputBytes + panel * Tile::kPanelBytes);
     }
   }
 
-  LAS_MM_DEVICE static void fill_input(const Params& p, const Source<T>& s, int64_t first,
-                                       bool inside, int channel, int chunk, int at) {
+  LAS_MM_DEVICE static void fill_input(const Params& p, const Source<T>& s, int depth,
+                                       int64_t first, bool inside, int channel, int chunk,
+                                       int at) {
     if constexpr (Tile::kConvert) {
       const int k = channel + chunk * 4;  // four channels become 16 bytes
       float values[4] = {};
       LAS_MM_UNROLL
       for (int i = 0; i < 4; ++i) {
-        if (inside && k + i < s.depth) values[i] = to_float(s.data.load(first + k + i));
+        if (inside && k + i < depth) values[i] = to_float(s.data.load(first + k + i));
       }
       shared_store(at, Chunk<float>::pack(values));
     } else {
       const int k = channel + chunk * 4 * Tile::kPair;
       if (p.vectors) {
-        copy16_async(at, s.data, first + k, inside && k < s.depth);
+        copy16_async(at, s.data, first + k, inside && k < depth);
       } else {
         Words words{};
         LAS_MM_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int word = k + i * Tile::kPair;
-          if (inside) words.w[i] = gather_word<T, Tile::kPair>(s.data, first, word, s.depth);
+          if (inside) words.w[i] = gather_word<T, Tile::kPair>(s.data, first, word, depth);
         }
         shared_store(at, words);
       }
     }
   }
 
-  LAS_MM_DEVICE static void fill_weight(const Source<T>& s, int first, bool valid, int word_row,
-                                        int column, int at) {
+  LAS_MM_DEVICE static void fill_weight(const Global<const T>& weight, int first, bool valid,
+                                        int word_row, int column, int at) {
     if constexpr (Tile::kConvert) {
-      const Words words = valid ? s.weight.load16(first) : Words{};
+      const Words words = valid ? weight.load16(first) : Words{};
       float low[4], high[4];
       LAS_MM_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -162,14 +186,14 @@ struct SparseGemm {
       shared_store(row, Chunk<float>::pack(low));
       shared_store(row + Tile::kPanelStride * 4, Chunk<float>::pack(high));
     } else {
-      copy16_async(at + (word_row * Tile::kPanelStride + column) * 4, s.weight, first, valid);
+      copy16_async(at + (word_row * Tile::kPanelStride + column) * 4, weight, first, valid);
     }
   }
 
-  LAS_MM_DEVICE static void advance(const Params& p, Step& step) {
+  LAS_MM_DEVICE static void advance(const Params& p, const Place& place, Step& step) {
     step.channel += Tile::kStep;
     const Source<T>& s = p.sources[step.source];
-    if (step.channel < s.depth) return;
+    if (step.channel < depth_of(s, place)) return;
     step.channel = 0;
     if (++step.tap < s.taps) return;
     step.tap = 0;
@@ -215,29 +239,35 @@ struct SparseGemm {
     for (int lanes = 1; lanes < kThreadsPerRow; lanes *= 2) sum += shuffle_xor(sum, lanes);
     const int row = thread_index() / kThreadsPerRow;
     if (thread_index() % kThreadsPerRow == 0 && row < place.rows) {
-      p.scores.store(position_of(p, place.first_row + row), sum);
+      p.scores.store(position_of(p, place, place.first_row + row), sum);
     }
   }
 
   LAS_MM_DEVICE static void write(const Params& p, const Place& place, const Part& part) {
-    const int channels = p.groups * p.columns;
+    int channels = p.groups * p.columns, first_channel = place.group * p.columns, first_bias = 0;
+    const int columns = columns_of(p, place);
+    if constexpr (Tile::kSelected) {
+      channels = p.selection.row;
+      first_channel = p.selection.columns ? place.first : 0;
+      first_bias = p.selection.columns ? place.image * channels : 0;
+    }
     LAS_MM_UNROLL
     for (int i = 0; i < Part::kRowRuns; ++i) {
       const int row = Part::row(i);
       if (row >= place.rows) continue;
-      const int64_t start = static_cast<int64_t>(position_of(p, place.first_row + row)) * channels;
+      const int64_t start = static_cast<int64_t>(position_of(p, place, place.first_row + row)) * channels;
       LAS_MM_UNROLL
       for (int run = 0; run < Part::kRuns; ++run) {
         const int first = place.panel * kPanel + Part::column(run);  // in the group
-        const int valid = p.columns - first < Part::kRun ? p.columns - first : Part::kRun;
+        const int valid = columns - first < Part::kRun ? columns - first : Part::kRun;
         if (valid <= 0) continue;
-        const int channel = place.group * p.columns + first;
+        const int channel = first_channel + first;
         float values[Part::kRun];
         LAS_MM_UNROLL
         for (int c = 0; c < Part::kRun; ++c) {
           float value = part.value(i, run, c);
           if (c < valid) {
-            value += p.bias.load(channel + c);
+            value += p.bias.load(first_bias + channel + c);
             if (p.second_bias.data != nullptr) value += p.second_bias.load(channel + c);
           }
           values[c] = value;
@@ -277,10 +307,11 @@ struct SparseGemm {
     }
   }
 
-  LAS_MM_DEVICE static int steps(const Params& p) {
+  LAS_MM_DEVICE static int steps(const Params& p, const Place& place) {
     int count = 0;
     for (int i = 0; i < p.source_count; ++i) {
-      count += p.sources[i].taps * ((p.sources[i].depth + Tile::kStep - 1) / Tile::kStep);
+      const int depth = depth_of(p.sources[i], place);
+      count += p.sources[i].taps * ((depth + Tile::kStep - 1) / Tile::kStep);
     }
     return count;
   }
@@ -289,12 +320,15 @@ struct SparseGemm {
     Rows rows;
     find_rows(p, place, rows);
     Step next;
+    if constexpr (Tile::kSelected) {
+      if (depth_of(p.sources[0], place) == 0) next.source = 1;
+    }
     int filled = 0;
     const auto fill_next = [&] {
       if (filled < step_count) {
         if (next.channel == 0) find_positions(p, next, rows);
         fill(p, place, next, rows, filled % Tile::kStages);
-        advance(p, next);
+        advance(p, place, next);
         ++filled;
       }
       commit_copies();  // also an empty group, so that counting them stays simple
@@ -321,10 +355,18 @@ struct SparseGemm {
   }
 
   LAS_MM_DEVICE static void run(const Params& p) {
+    if constexpr (Tile::kSelected) {
+      run_selected(p);
+    } else {
+      run_all(p);
+    }
+  }
+
+  LAS_MM_DEVICE static void run_all(const Params& p) {
     const int rows = p.list.data == nullptr ? static_cast<int>(p.positions) : p.count.load(0);
     const int panels = (p.columns + Tile::kColumns - 1) / Tile::kColumns;
     const int64_t tiles = ceil_div(rows, Tile::kRows) * p.groups * panels;
-    const int step_count = steps(p);
+    const int step_count = steps(p, {});
     // Blocks that run at the same time share rows, which then come out of the L2 cache.
     LAS_MM_NO_UNROLL
     for (int64_t tile = block_index(); tile < tiles; tile += block_count()) {
@@ -333,10 +375,42 @@ struct SparseGemm {
       const Place place{first_row, left < Tile::kRows ? left : Tile::kRows,
                         static_cast<int>(tile / panels % p.groups),
                         static_cast<int>(tile % panels) * Tile::kPanels};
-      compute(p, place, step_count);
-      wait_copies<0>();
-      sync_block();  // the next tile overwrites the stages
+      finish(p, place, step_count);
     }
+  }
+
+  // Tiles of all that there may be, of which those beyond an image's rows or channels are passed
+  // over. As the ones to compute come first within a panel, all blocks get their share of them, and
+  // of the images, which are dealt out anew for each tile of rows.
+  LAS_MM_DEVICE static void run_selected(const Params& p) {
+    const Selection& s = p.selection;
+    const int positions = p.height * p.width;
+    const int64_t row_tiles = ceil_div(positions, Tile::kRows);
+    const int64_t panels = ceil_div(p.columns, Tile::kColumns);
+    const int sections = s.images * p.groups;
+    LAS_MM_NO_UNROLL
+    for (int64_t tile = block_index(); tile < panels * row_tiles * sections;
+         tile += block_count()) {
+      const int64_t turn = tile / sections;
+      const int section = static_cast<int>((tile + turn) % sections);
+      Place place{static_cast<int>(turn % row_tiles) * Tile::kRows, 0, section % p.groups,
+                  static_cast<int>(turn / row_tiles) * Tile::kPanels, section / p.groups};
+      const int rows = p.list.data == nullptr ? positions : p.count.load(place.image);
+      const int left = rows - place.first_row;
+      place.rows = left < Tile::kRows ? left : Tile::kRows;
+      const int64_t firsts = static_cast<int64_t>(place.image) * (s.groups + 1);
+      const bool all = p.groups != s.groups;
+      place.first = all ? 0 : s.firsts.load(firsts + place.group);
+      place.selected = s.firsts.load(firsts + (all ? s.groups : place.group + 1)) - place.first;
+      if (left <= 0 || place.panel * kPanel >= columns_of(p, place)) continue;
+      finish(p, place, steps(p, place));
+    }
+  }
+
+  LAS_MM_DEVICE static void finish(const Params& p, const Place& place, int step_count) {
+    compute(p, place, step_count);
+    wait_copies<0>();
+    sync_block();  // the next tile overwrites the stages
   }
 };
 

@@ -41,6 +41,10 @@ class _Call(ctypes.Structure):
         ("biases", ctypes.c_void_p * 4),
         ("weight_sizes", ctypes.c_int64 * 4),
         *((name, ctypes.c_void_p) for name in ("masker_weight", "masker_bias", "offset", "rates")),
+        *((name, ctypes.c_int64) for name in ("squeezed", "together")),
+        ("excitation", ctypes.c_void_p * 4),
+        ("channel_mask", ctypes.c_void_p),
+        ("constants", ctypes.c_void_p * 2),
     ]
 
 
@@ -167,7 +171,11 @@ class Machine:
         )
         call.x = x.data_ptr()
         for key, value in arrays.items():
-            if value is not None:
+            if isinstance(value, list):
+                value = [part.contiguous() for part in value]
+                keep += value
+                setattr(call, key, type(getattr(call, key))(*(part.data_ptr() for part in value)))
+            elif value is not None:
                 keep.append(value)
                 setattr(call, key, value.data_ptr())
         for i, weight in enumerate(weights):
@@ -183,7 +191,7 @@ class Machine:
             raise EmulatorError(report)
 
     def _bottleneck(self, x, out, mask, weights, biases, shortcut, granularity, strides, dilation,
-                    groups):  # fmt: skip
+                    groups, excitation=None, channels=None, constants=None):  # fmt: skip
         hidden = [ceil_div(n, strides[0]) for n in x.shape[2:]]
         shortcut = None if shortcut is None else _nhwc(shortcut)
         geometry = dict(
@@ -198,23 +206,50 @@ class Machine:
             groups=groups,
             downsample=len(weights) == 4,
             shortcut_channels=0 if shortcut is None else shortcut.shape[1],
+            squeezed=0 if excitation is None else excitation[1].numel(),
         )
-        arrays = dict(mask=_decisions(mask), shortcut=shortcut, out=out)
-        self._run("sparse_bottleneck", x, geometry, arrays, weights, biases)
+        arrays = dict(mask=_decisions(mask), shortcut=shortcut, out=out, excitation=excitation)
+        name = "sparse_bottleneck"
+        if channels is not None:
+            name, arrays["constants"] = "channel_bottleneck", constants
+            arrays["channel_mask"] = _decisions(channels)
+            geometry["together"] = geometry["hidden"] // channels.shape[1]
+        self._run(name, x, geometry, arrays, weights, biases)
 
-    def _sparse_bottleneck(self, x, mask, weights, biases, _, shortcut, granularity, strides,
-                           dilation, groups, *__):  # fmt: skip
+    def _new_bottleneck(self, x, mask, weights, biases, shortcut, granularity, strides, *rest):
         size = [ceil_div(ceil_div(n, strides[0]), strides[1]) for n in x.shape[2:]]
         out = _empty(x, biases[2].numel(), size)
-        arguments = (mask, weights, biases, shortcut, granularity, strides, dilation, groups)
-        self._bottleneck(x, out, *arguments)
+        self._bottleneck(x, out, mask, weights, biases, shortcut, granularity, strides, *rest)
         return out
 
-    def _sparse_bottleneck_(self, x, mask, weights, biases, _, shortcut, *geometry):
+    def _bottleneck_in_place(self, x, *arguments):
         stream = _nhwc(x)
-        self._bottleneck(stream, stream, mask, weights, biases, shortcut, *geometry[:4])
+        self._bottleneck(stream, stream, *arguments)
         if stream is not x:
             x.copy_(stream)
+
+    def _sparse_bottleneck(self, x, mask, weights, biases, _, shortcut, granularity, strides,
+                           dilation, groups, __=1.0, dense=None, above=1.0, excitation=None,
+                           run=None):  # fmt: skip
+        arguments = (mask, weights, biases, shortcut, granularity, strides, dilation, groups)
+        return (run or self._new_bottleneck)(x, *arguments, excitation)
+
+    def _sparse_bottleneck_(self, x, *arguments):
+        self._sparse_bottleneck(x, *arguments, run=self._bottleneck_in_place)
+
+    def _channel_bottleneck(self, x, mask, channels, weights, biases, constants, _, shortcut,
+                            granularity, strides, dilation, groups, __=1.0, excitation=None,
+                            run=None):  # fmt: skip
+        arguments = (mask, weights, biases, shortcut, granularity, strides, dilation, groups)
+        return (run or self._new_bottleneck)(x, *arguments, excitation, channels, constants)
+
+    def _channel_bottleneck_(self, x, *arguments):
+        self._channel_bottleneck(x, *arguments, run=self._bottleneck_in_place)
+
+    def _channel_mean(self, x):
+        means = torch.full(x.shape[:2], torch.nan)
+        self._run("channel_mean", x, _same_size(x), dict(out=means))
+        return means
 
     def _masker(self, name, x, weight, bias, offset, granularity, strides, dilation, **more):
         hidden = [ceil_div(n, strides[0]) for n in x.shape[2:]]
@@ -287,6 +322,12 @@ class Machine:
 
 def _nhwc(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _same_size(x: torch.Tensor) -> dict[str, int]:
+    return dict(
+        hidden_height=x.shape[2], hidden_width=x.shape[3], stride=1, dilation=1, granularity=1
+    )
 
 
 def _decisions(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -21,6 +21,8 @@ from las_mm.benchmark.subject import randomize
 from las_mm.models import LASResNet, sparse
 
 from . import cases
+from .test_channel_ops import ChannelBlock, channel_blocks
+from .test_excitation import excited_blocks
 from .test_sparse_ops import MASKERS, SCATTERS, check_decisions, make_masker
 
 pytestmark = pytest.mark.skipif(
@@ -29,6 +31,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 KERNELS = (
+    "channel_bottleneck",
+    "channel_bottleneck_",
+    "channel_mean",
     "conv1x1_scatter_add_",
     "gather_conv3x3",
     "masker_conv1x1",
@@ -187,6 +192,65 @@ def test_bottleneck_in_place(precision, block):
     assert_close(x, expected.masked_fill(dropped, torch.nan), scale, precision)
 
 
+def adapt_channels(case, precision):
+    """As :func:`adapt`, of a block that skips channels."""
+    return replace(case, block=adapt(case.block, precision))
+
+
+def channel_arguments(case):
+    """What follows ``x`` in the schema of ``channel_bottleneck``, on the GPU."""
+    mask, weights, biases, winograd, *rest = gpu_arguments(case.block)[:9]
+    constants = case.constants and [on_gpu(vector) for vector in case.constants]
+    return (mask, on_gpu(case.channel_mask), weights, biases, constants, winograd, *rest)
+
+
+@drawn(channel_blocks(cases.blocks()), 200)
+def test_channels(precision, case):
+    case = adapt_channels(case, precision)
+    x, arguments = on_gpu(case.block.x), channel_arguments(case)
+    untouched = cases.Untouched(x, arguments[1], *arguments[2])
+    actual = call("channel_bottleneck", x, *arguments)
+    untouched.check()
+    assert_close(actual, *case.expected(case.block.x), precision)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+@drawn(channel_blocks(cases.blocks(in_place=True)), 100)
+def test_channels_in_place(precision, case):
+    case = adapt_channels(case, precision)
+    positive = case.block.x.abs_()
+    x, arguments = on_gpu(positive), channel_arguments(case)
+    untouched = cases.Untouched(*arguments[2], output=x)
+    assert call("channel_bottleneck_", x, *arguments) is None
+    untouched.check()
+    expected, scale = case.expected(positive)
+    dropped = ~case.block.kept.expand_as(positive)
+    assert cases.same_bits(x.cpu()[dropped], positive[dropped])
+    assert_close(x, expected.masked_fill(dropped, torch.nan), scale, precision)
+
+
+@drawn(excited_blocks(), 150)
+def test_excitation(precision, case):
+    block = replace(adapt(case.block, precision), winograd="none")
+    channels = case.channels and replace(case.channels, block=block)
+    case = replace(case, block=block, channels=channels)
+    arguments = gpu_arguments(block) if channels is None else channel_arguments(channels)
+    weights = [on_gpu(weight) for weight in case.weights]
+    actual = call(case.name, on_gpu(block.x), *arguments, weights)
+    assert_close(actual, *case.expected(block.x), precision)
+    again = call(case.name, on_gpu(block.x), *arguments, weights)
+    assert torch.equal(actual, again)  # all sums have a fixed order
+
+
+@drawn(cases.blocks(), 60)
+def test_channel_mean(precision, block):
+    block = adapt(block, precision, poison=False)
+    actual = call("channel_mean", on_gpu(block.x))
+    assert actual.is_cuda and actual.dtype == torch.float32
+    error = (actual.cpu().double() - block.x.double().mean((2, 3))).abs()
+    assert (error <= 1e-5 * block.x.double().abs().mean((2, 3)) + 1e-9).all()
+
+
 @drawn(MASKERS, 150)
 def test_spatial_mask(precision, case):
     block, *offset_kind = case
@@ -265,6 +329,19 @@ def test_conv1x1_scatter_add(precision, case):
 
 
 # A whole network ---------------------------------------------------------------------------------
+
+
+def test_cuda_graph_of_skipped_channels():
+    """As below, of the op: images with none, some and all of the channels."""
+    block = cases.Block(2, (20, 23), (64, 48, 64), dtype=torch.float16, layout="channels_last")
+    case = ChannelBlock(block, 2, ("0.6", "none"), True)
+    x, arguments = on_gpu(block.x), channel_arguments(case)
+    torch.use_deterministic_algorithms(False)  # filling memory is no part of the graph
+    replay = cuda_engines.Replay(lambda: [call("channel_bottleneck", x, *arguments)])
+    for kinds in (("all", "0.4"), ("one", "0.9"), ("none", "none")):
+        arguments[1].copy_(replace(case, kinds=kinds).channel_mask)
+        (recorded,) = replay()
+        assert torch.equal(recorded, call("channel_bottleneck", x, *arguments)), kinds
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])

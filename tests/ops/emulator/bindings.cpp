@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/channel_sequences.cuh"
 #include "cuda/sequences.cuh"
 
 namespace {
@@ -28,6 +29,8 @@ struct Call {
   int64_t weight_sizes[4];
   void *masker_weight, *masker_bias, *offset;
   void* rates;
+  int64_t squeezed, together;
+  void *excitation[4], *channel_mask, *constants[2];
 };
 
 struct Launch {
@@ -136,15 +139,7 @@ const char* end() {
 
 int small(int64_t value) { return static_cast<int>(value); }
 
-}  // namespace
-
-// Each returns what went wrong, or an empty string.
-extern "C" {
-
-const char* emulated_sparse_bottleneck(const Call* c) {
-  begin(*c);
-  Device device(*c);
-  const Arrays a(*c);
+Bottleneck<Element> bottleneck(const Call* c, const Arrays& a) {
   Bottleneck<Element> b{};
   b.geometry = a.geometry;
   b.mask = a.mask;
@@ -165,7 +160,44 @@ const char* emulated_sparse_bottleneck(const Call* c) {
   b.shortcut = wrap<Element>(c->shortcut, outputs * c->shortcut_channels, "shortcut");
   b.shortcut_channels = small(c->shortcut_channels);
   b.out = c->out == c->x ? a.x : wrap<Element>(c->out, outputs * c->c_out, "out");
-  sparse_bottleneck(device, b);
+  const int64_t sizes[] = {c->squeezed * c->hidden, c->squeezed, c->hidden * c->squeezed, c->hidden};
+  for (int i = 0; i < 4; ++i) {
+    b.excitation.weights[i] = wrap<float>(c->excitation[i], sizes[i], "excitation");
+  }
+  b.excitation.squeezed = small(c->squeezed);
+  return b;
+}
+
+}  // namespace
+
+// Each returns what went wrong, or an empty string.
+extern "C" {
+
+const char* emulated_sparse_bottleneck(const Call* c) {
+  begin(*c);
+  Device device(*c);
+  sparse_bottleneck(device, bottleneck(c, Arrays(*c)));
+  return end();
+}
+
+const char* emulated_channel_bottleneck(const Call* c) {
+  begin(*c);
+  Device device(*c);
+  ChannelSkipping skip{};
+  skip.mask = wrap<uint8_t>(c->channel_mask, c->images * c->hidden / c->together, "channel_mask");
+  skip.together = small(c->together);
+  for (int i = 0; i < 2; ++i) {
+    skip.constants[i] = wrap<float>(c->constants[i], c->hidden, "constants");
+  }
+  channel_bottleneck(device, bottleneck(c, Arrays(*c)), skip);
+  return end();
+}
+
+const char* emulated_channel_mean(const Call* c) {
+  begin(*c);
+  Device device(*c);
+  channel_mean(device, Arrays(*c).x, small(c->images), small(c->height), small(c->width),
+               small(c->c_in), wrap<float>(c->out, c->images * c->c_in, "means"));
   return end();
 }
 

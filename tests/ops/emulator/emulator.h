@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -66,6 +67,8 @@ inline uint32_t float_to_bits(float value) {
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
+
+inline float exponential(float value) { return std::exp(value); }
 
 inline float to_float(float value) { return value; }
 inline float to_float(half value) {
