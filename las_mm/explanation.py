@@ -28,10 +28,12 @@ class BlockReport:
         granularity: S of a spatial or both block, else ``None``.
         rate: Share of outputs that conv2 and conv3 compute, ``None`` for the stem.
         rate_dilated: Share of outputs that conv1 computes.
-        choice: How it ran: ``'winograd'``, ``'direct'``, ``'dense'``, or ``'masked-dense'`` with
-            the reason.
+        choice: How it ran: ``'winograd'``, ``'direct'``, ``'dense'``, ``'gathered winograd'`` or
+            ``'gathered direct'`` (a channel or both block, with the weights of the channels that
+            each image wants), or ``'masked-dense'`` with the reason.
         predicted_ms: From the break-even table of this machine, without the masker; ``None`` if
-            the block is too small to be in it.
+            the block is too small to be in it, or skips channels: the table has blocks that
+            compute all of them.
         measured_ms: Median of several runs, with the masker.
         channel_granularity: G of a channel or both block, else ``None``.
         rate_channel: Share of channels that it computes, else ``None``.
@@ -105,7 +107,7 @@ def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, floa
         return f"masked-dense: {reason}", None
     choice = fast.choice
     if fast.masker_channel is not None:  # the plan times blocks that compute all channels
-        return ("winograd" if choice.winograd else "direct"), None
+        return ("gathered winograd" if choice.winograd else "gathered direct"), None
     stride = block.conv1_stride * block.conv2_stride
     positions = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
     seconds = choice.predict(rate, positions)

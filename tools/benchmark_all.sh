@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Every measurement of docs/performance.md: one JSON file each in the given folder (about 15 minutes
+# Every measurement of docs/performance.md: one JSON file each in the given folder (about 20 minutes
 # on 2 cores), then the table. Let nothing else run meanwhile.
 #   tools/benchmark_all.sh [FOLDER] [NAME ...]     only these, e.g. 8x224 800_bf16
+#   tools/benchmark_all.sh FOLDER modes            only family x mode
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-work_dirs/benchmark}
 shift || true
 wanted=" $* "
-config=configs/mask_rcnn_lasnet_r101.py
+resnet=configs/mask_rcnn_lasnet_r101.py
+config=$resnet
 python=${PYTHON:-python}
 export LAS_MM_PRETRAINED=none
 mkdir -p "$out"
@@ -32,4 +34,22 @@ measure 800_S8471 "1 3 800 1344" --rate 0.5 --masks blob --granularity 8 4 7 1 -
   --engines openvino onnxruntime
 measure 8x224_layer "8 3 224 224" --rate 0.5 --masks blob --mode layer --engines openvino onnxruntime
 measure 800_bf16 "1 3 800 1344" --rate 0.5 --masks blob --dtype bf16 --rounds 7
+
+# Families and modes, at rates that give a FLOPs ratio of about 0.5.
+mode() { # FAMILY MODE OPTIONS...
+  local name=$1_$2 mode=$2
+  shift 2
+  if [[ "$wanted" == *" modes "* ]]; then local wanted="  "; fi
+  measure "$name" "8 3 224 224" --mode "$mode" --masks blob --rounds 5 --warmup 1 \
+    --engines openvino onnxruntime las_mm-static "$@"
+}
+mode r101 spatial --rate 0.44
+mode r101 channel --rate 0.595
+mode r101 layer --rate 0.47
+mode r101 both --rate 0.7 --channel-rate 0.75
+config=configs/_base_/lasnet_regnety_800mf.py
+mode regnety_800mf spatial --rate 0.44
+mode regnety_800mf channel --rate 0.48
+mode regnety_800mf layer --rate 0.47
+mode regnety_800mf both --rate 0.7 --channel-rate 0.7
 "$python" tools/benchmark_table.py "$out"/*.json

@@ -7,6 +7,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <limits>
 #include <vector>
 
 #include "common/bottleneck_arguments.h"
@@ -19,7 +20,8 @@
 namespace las_mm::cpu {
 
 constexpr int64_t kChunkTiles = 48;  // Winograd tiles of 2x2 outputs; measured: 36 to 60 are alike
-constexpr int64_t kFewRows = 256;    // that share weights which are gathered panel by panel
+constexpr int64_t kFewRows = 256;    // of an image, whose weights are gathered panel by panel
+constexpr int64_t kGatheredDepth = 512;  // input channels of such a panel, so that L2 holds it
 
 enum class Convolution { kFirst, kSecond, kThird };
 
@@ -27,8 +29,10 @@ enum class Convolution { kFirst, kSecond, kThird };
 template <typename T>
 struct PanelSource {
   virtual ~PanelSource() = default;
-  // The taps [tap, tap + taps) of a panel, one after the other; until this thread's next call.
-  virtual const T* panel(Convolution which, int64_t panel, int64_t tap, int64_t taps) const = 0;
+  // The input channels [first, last) (or up to the last one) of the taps [tap, tap + taps) of a
+  // panel, tap after tap; until this thread's next call.
+  virtual const T* panel(Convolution which, int64_t panel, int64_t tap, int64_t taps,
+                         int64_t first, int64_t last) const = 0;
 };
 
 // A group of conv2: which hidden channels it reads and writes, and its packed weights.
@@ -43,6 +47,7 @@ struct Group {
 
 template <typename T>
 struct Weights {
+  int64_t hidden;  // channels of conv1's and conv2's outputs that these are for
   const T* conv1;
   std::vector<Group<T>> conv2;  // in Winograd form (one group) where use_tiles() says so
   const T* conv3;
@@ -54,7 +59,7 @@ struct Weights {
 // The weights as they were packed.
 template <typename T>
 Weights<T> all_channels(const Arguments& a, const Shape& s, bool use_tiles) {
-  Weights<T> w{values(a.weights[0], T{}), {}, values(a.weights[2], T{}), nullptr, {}};
+  Weights<T> w{s.hidden, values(a.weights[0], T{}), {}, values(a.weights[2], T{}), nullptr, {}};
   for (size_t i = 0; i < a.biases.size(); ++i) w.biases[i] = a.biases[i].const_data_ptr<float>();
   if (s.downsample) w.downsample = values(a.weights[3], T{});
   const int64_t channels = s.hidden / a.groups;
@@ -92,8 +97,8 @@ class Bottleneck {
     check_positions(s.images * std::max(s.height * s.width, map_height_ * map_width_), "x");
   }
 
-  // Lists the positions and chooses the form of conv2. `packing`: cost of making its weights, in
-  // outputs that take as long.
+  // Lists the positions and chooses the form of conv2. `packing`: cost of making the weights of
+  // an image, in outputs that take as long.
   void plan(double packing = 0) {
     Wanted wanted;
     wanted.dropped = !in_place_;
@@ -102,30 +107,34 @@ class Bottleneck {
     list_positions(patches_, s_.images, g_, wanted, w_);
     const bool has_direct = a_.weights[1].numel() > 0;
     // 16 products per tile against 9 per output.
+    packing *= static_cast<double>(s_.images);
     use_tiles_ = a_.winograd &&
                  (!has_direct || 16.0 * (a_.winograd_cost * w_.tiles.size() + packing) <
                                      9.0 * (w_.kept.size() + packing));
   }
 
   bool keeps_any() const { return !w_.kept.empty(); }
-  // Whether all outputs fit one chunk, so that gathered weights are used once.
+  // Whether an image's outputs fit one chunk, so that gathered weights are used once.
   bool keeps_few() const {
-    return 4 * static_cast<int64_t>(use_tiles_ ? w_.tiles.size() : 0) <= kFewRows &&
-           static_cast<int64_t>(w_.kept.size()) <= kFewRows;
+    return 4 * static_cast<int64_t>(use_tiles_ ? w_.tiles.size() : 0) <= s_.images * kFewRows &&
+           static_cast<int64_t>(w_.kept.size()) <= s_.images * kFewRows;
   }
   bool use_tiles() const { return use_tiles_; }
 
-  // `hidden`: channels of conv1's and conv2's outputs that the weights are for; `channels`: which
-  // ones, null: all.
-  void run(const Weights<T>& weights, int64_t hidden,
+  // `weights`: one for all images, or those of each; then all have a source or none has, and
+  // conv2 has one group. `channels`: which hidden ones the only weights are for, null: all.
+  void run(const std::vector<Weights<T>>& weights,
            const std::vector<int32_t>* channels = nullptr) {
     weights_ = &weights;
-    hidden_ = hidden;
-    has_constant_ = !weights.conv2.empty() && weights.conv2[0].constant != nullptr;
+    hidden_ = 0;
+    for (const Weights<T>& w : weights) hidden_ = std::max(hidden_, w.hidden);
+    const int64_t hidden = hidden_;
+    const bool gathered = weights[0].source != nullptr;
+    has_constant_ = !weights[0].conv2.empty() && weights[0].conv2[0].constant != nullptr;
     // Rows start at a cache line.
     row_ = ceil_div(hidden + has_constant_, kLanes) * kLanes;
     conv2_panels_ = 0;
-    for (const Group<T>& group : weights.conv2) conv2_panels_ += Panels{group.channels}.count();
+    for (int64_t g = 0; g < a_.groups; ++g) conv2_panels_ += group_panels(g);
     if (s_.downsample) add_biases();
     pass_dropped();
     if (!keeps_any()) return;
@@ -136,8 +145,7 @@ class Bottleneck {
       if (use_tiles_) clear_blank();
     }
     const int64_t units = use_tiles_ ? w_.tiles.size() : w_.kept.size();
-    const int64_t chunk = use_tiles_ ? (weights.source ? kFewRows / 4 : kChunkTiles)
-                                     : (weights.source ? kFewRows : kChunkRows);
+    const int64_t chunk = gathered ? kAllRows : use_tiles_ ? kChunkTiles : kChunkRows;
     const int64_t values = (use_tiles_ ? 4 : 1) * row_;  // of a unit
     if (a_.excitation && hidden > 0) {
       excited(units, chunk, channels);
@@ -163,8 +171,14 @@ class Bottleneck {
   }
 
  private:
+  static constexpr int64_t kAllRows = std::numeric_limits<int64_t>::max() / 2;
   struct Point {
     int64_t image, y, x;
+  };
+  // Rows of a chunk that share weights.
+  struct Part {
+    size_t weights;
+    int64_t begin, end;
   };
   static Point point(int64_t index, int64_t height, int64_t width) {
     return {index / (height * width), index / width % height, index % width};
@@ -180,10 +194,34 @@ class Bottleneck {
     return shortcut_ + (row + p.x * shortcut_stride_) * shortcut_channels_;
   }
 
+  // list[lo] to list[hi - 1], where an image has `positions`, cut into images if these differ.
+  std::vector<Part> parts(const Positions& list, int64_t lo, int64_t hi, int64_t positions) const {
+    if (weights_->size() == 1) return {{0, 0, hi - lo}};
+    std::vector<Part> result;
+    for (int64_t begin = lo; begin < hi;) {
+      const int64_t image = list[begin] / positions;
+      const auto end = std::lower_bound(list.begin() + begin, list.begin() + hi,
+                                        (image + 1) * positions) - list.begin();
+      result.push_back({static_cast<size_t>(image), begin - lo, end - lo});
+      begin = end;
+    }
+    return result;
+  }
+  // Panels of a group of conv2, of that image which has most.
+  int64_t group_panels(int64_t group) const {
+    int64_t most = 0;
+    for (const Weights<T>& w : *weights_) {
+      if (!w.conv2.empty()) most = std::max(most, Panels{w.conv2[group].channels}.count());
+    }
+    return most;
+  }
+
   void add_biases() {
-    float* sum = w_.bias.template get<float>(s_.c_out);
-    for (int64_t c = 0; c < s_.c_out; ++c) sum[c] = weights_->biases[2][c] + weights_->biases[3][c];
+    float* sum = w_.bias.template get<float>(weights_->size() * s_.c_out);
     summed_bias_ = sum;
+    for (const Weights<T>& w : *weights_) {
+      for (int64_t c = 0; c < s_.c_out; ++c) *sum++ = w.biases[2][c] + w.biases[3][c];
+    }
   }
 
   // Dropped outputs: the shortcut's value.
@@ -209,9 +247,10 @@ class Bottleneck {
         in[i - lo] = shortcut_row(list[i]);
         out[i - lo] = out_ + list[i] * s_.c_out;
       }
-      const Tap<T> tap{in, 0, shortcut_channels_, weights_->downsample, 0, 1};
+      const Weights<T>& w = (*weights_)[0];
+      const Tap<T> tap{in, 0, shortcut_channels_, w.downsample, 0, 1};
       run_panels<T>(hi - lo, &tap, 1, out_panels_, first, last,
-                    {weights_->biases[3], nullptr, out, 0, true});
+                    {w.biases[3], nullptr, out, 0, true});
     });
   }
 
@@ -268,8 +307,11 @@ class Bottleneck {
     const Positions& list = w_.halo;
     const Panels panels{hidden_};
     const int64_t stride = a_.strides[0];
+    const bool gathered = (*weights_)[0].source != nullptr;
+    // A panel's sums over parts of the input channels are added up in the output.
+    const int64_t depth = gathered && std::is_same_v<T, float> ? kGatheredDepth : s_.c_in;
     parallel_chunks(
-        list.size(), weights_->source ? kFewRows : kChunkRows, panels.count(),
+        list.size(), gathered ? kAllRows : kChunkRows, panels.count(),
         [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
           const T** in = scratch().pointers.template get<const T*>(2 * (hi - lo));
           T** out = const_cast<T**>(in) + (hi - lo);
@@ -279,11 +321,25 @@ class Bottleneck {
             in[i - lo] = x_ + row * s_.c_in;
             out[i - lo] = map_row(p.image, p.y, p.x);
           }
-          const Tap<T> tap{in, 0, s_.c_in, weights_->conv1, 0, 1};
-          run(Convolution::kFirst, 0, 1, hi - lo, &tap, 1, panels, first, last,
-              {weights_->biases[0], nullptr, out, 0, true});
-          if (has_constant_ && last == panels.count()) {
-            for (int64_t i = 0; i < hi - lo; ++i) out[i][hidden_] = one(T{});
+          const std::vector<Part> images =
+              parts(list, lo, hi, s_.hidden_height * s_.hidden_width);
+          for (int64_t p = first; p < last; ++p) {
+            for (int64_t from = 0; from < s_.c_in; from += depth) {
+              const int64_t to = std::min(from + depth, s_.c_in);
+              for (const Part& part : images) {
+                const Weights<T>& w = (*weights_)[part.weights];
+                const Tap<T> tap{in + part.begin, from, to - from, w.conv1, 0, 1};
+                run(w, Convolution::kFirst, 0, 1, part, &tap, 1, Panels{w.hidden}, p,
+                    {from == 0 ? w.biases[0] : nullptr, from == 0 ? nullptr : out + part.begin,
+                     out + part.begin, 0, to == s_.c_in},
+                    from, to);
+              }
+            }
+          }
+          if (!has_constant_ || last != panels.count()) return;
+          for (const Part& part : images) {
+            const int64_t column = (*weights_)[part.weights].hidden;
+            for (int64_t i = part.begin; i < part.end; ++i) out[i][column] = one(T{});
           }
         });
   }
@@ -301,21 +357,28 @@ class Bottleneck {
       in[i] = map_row(p.image, p.y * stride, p.x * stride);
       out[i] = hidden + i * row_;
     }
+    const std::vector<Part> images = parts(w_.kept, lo, hi, s_.out_height * s_.out_width);
     int64_t next = 0;  // panel
-    for (const Group<T>& group : weights_->conv2) {
-      const Panels panels{group.channels};
-      const int64_t begin = std::max<int64_t>(first - next, 0);
-      const int64_t end = std::min(last - next, panels.count());
-      next += panels.count();
-      if (begin >= end) continue;
-      Tap<T> taps[kMaxTaps];
-      for (int t = 0; t < 9; ++t) {
-        const int64_t step = ((t / 3 - 1) * map_width_ + (t % 3 - 1)) * border_ * row_;
-        taps[t] = {in, step + group.first, group.channels, group.weights, t, 9};
-        taps[9 + t] = {in, step + hidden_, 1, group.constant, t, 9};
+    for (int64_t g = 0; g < a_.groups; ++g) {
+      const int64_t count = group_panels(g), begin = std::max<int64_t>(first - next, 0);
+      const int64_t end = std::min(last - next, count);
+      next += count;
+      for (int64_t p = begin; p < end; ++p) {
+        for (const Part& part : images) {
+          const Weights<T>& w = (*weights_)[part.weights];
+          const Group<T>& group = w.conv2[g];
+          const T* const* from = in + part.begin;
+          Tap<T> taps[kMaxTaps];
+          for (int t = 0; t < 9; ++t) {
+            const int64_t step = ((t / 3 - 1) * map_width_ + (t % 3 - 1)) * border_ * row_;
+            taps[t] = {from, step + group.first, group.channels, group.weights, t, 9};
+            taps[9 + t] = {from, step + w.hidden, 1, group.constant, t, 9};
+          }
+          run(w, Convolution::kSecond, 0, 9, part, taps, has_constant_ ? 18 : 9,
+              Panels{group.channels}, p,
+              {w.biases[1] + group.first, nullptr, out + part.begin, group.first, true});
+        }
       }
-      run(Convolution::kSecond, 0, 9, rows, taps, has_constant_ ? 18 : 9, panels, begin, end,
-          {weights_->biases[1] + group.first, nullptr, out, group.first, true});
     }
   }
 
@@ -328,29 +391,42 @@ class Bottleneck {
     float* transformed = memory.values.template get<float>(kTile * tiles * row_);
     float* products = memory.output.template get<float>(kTile * tiles * kPanel);
     const Kernels& k = kernels();
-    for (int64_t i = 0; i < tiles; ++i) {
-      const Point p = point(w_.tiles[lo + i], tile_height, tile_width);
-      in[i] = transformed + i * row_;
-      out[i] = products + i * kPanel;
-      k.winograd_input(map_row(p.image, 2 * p.y - 1, 2 * p.x - 1), map_width_ * row_, row_,
-                       hidden_ + has_constant_, transformed + i * row_, tiles * row_);
+    const std::vector<Part> images = parts(w_.tiles, lo, hi, tile_height * tile_width);
+    for (const Part& part : images) {
+      const int64_t channels = (*weights_)[part.weights].hidden + has_constant_;
+      for (int64_t i = part.begin; i < part.end; ++i) {
+        const Point p = point(w_.tiles[lo + i], tile_height, tile_width);
+        in[i] = transformed + i * row_;
+        out[i] = products + i * kPanel;
+        k.winograd_input(map_row(p.image, 2 * p.y - 1, 2 * p.x - 1), map_width_ * row_, row_,
+                         channels, transformed + i * row_, tiles * row_);
+      }
     }
-    const Group<float>& group = weights_->conv2[0];
-    const Panels panels{hidden_};
+    const bool gathered = (*weights_)[0].source != nullptr;
     for (int64_t p = first; p < last; ++p) {
       for (int t = 0; t < kTile; ++t) {
         const int64_t offset = t * tiles * row_;
-        const Tap<float> taps[2] = {{in, offset, hidden_, group.weights, t, kTile},
-                                    {in, offset + hidden_, 1, group.constant, t, kTile}};
-        run(Convolution::kSecond, t, 1, tiles, taps, has_constant_ ? 2 : 1, panels, p, p + 1,
-            {nullptr, nullptr, out, t * tiles * kPanel - p * kPanel, false});
-        const int64_t part = (p - first) * kTile + t, parts = (last - first) * kTile;
-        prefetch_outputs(lo + tiles * part / parts, lo + tiles * (part + 1) / parts);
+        for (const Part& part : images) {
+          const Weights<T>& w = (*weights_)[part.weights];
+          const Group<float>& group = w.conv2[0];
+          const float* const* from = in + part.begin;
+          const Tap<float> taps[2] = {{from, offset, w.hidden, group.weights, t, kTile},
+                                      {from, offset + w.hidden, 1, group.constant, t, kTile}};
+          run(w, Convolution::kSecond, t, 1, part, taps, has_constant_ ? 2 : 1, Panels{w.hidden},
+              p, {nullptr, nullptr, out + part.begin, t * tiles * kPanel - p * kPanel, false});
+        }
+        if (gathered) continue;  // what a whole image needs would take the weights' place
+        const int64_t step = (p - first) * kTile + t, steps = (last - first) * kTile;
+        prefetch_outputs(lo + tiles * step / steps, lo + tiles * (step + 1) / steps);
       }
-      for (int64_t i = 0; i < tiles; ++i) {
-        k.winograd_output(products + i * kPanel, tiles * kPanel, panels.valid(p),
-                          weights_->biases[1] + p * kPanel,
-                          hidden + 4 * i * row_ + p * kPanel, row_);
+      for (const Part& part : images) {
+        const Weights<T>& w = (*weights_)[part.weights];
+        const Panels panels{w.hidden};
+        if (p >= panels.count()) continue;
+        for (int64_t i = part.begin; i < part.end; ++i) {
+          k.winograd_output(products + i * kPanel, tiles * kPanel, panels.valid(p),
+                            w.biases[1] + p * kPanel, hidden + 4 * i * row_ + p * kPanel, row_);
+        }
       }
     }
   }
@@ -385,40 +461,52 @@ class Bottleneck {
       out[rows] = out_ + position * s_.c_out;
       ++rows;
     };
+    std::vector<Part> images;
     if (use_tiles_) {
       const int64_t tile_height = ceil_div(s_.out_height, 2);
       const int64_t tile_width = ceil_div(s_.out_width, 2);
-      for (int64_t i = lo; i < hi; ++i) {
-        const Point p = point(w_.tiles[i], tile_height, tile_width);
-        for (int64_t q = 0; q < 4; ++q) {
-          const int64_t y = 2 * p.y + q / 2, x = 2 * p.x + q % 2;
-          if (y < s_.out_height && x < s_.out_width && is_kept(p.image, y, x)) {
-            add(hidden + (4 * (i - lo) + q) * row_,
-                (p.image * s_.out_height + y) * s_.out_width + x);
+      images = parts(w_.tiles, lo, hi, tile_height * tile_width);
+      for (Part& part : images) {
+        const int64_t begin = rows;
+        for (int64_t i = lo + part.begin; i < lo + part.end; ++i) {
+          const Point p = point(w_.tiles[i], tile_height, tile_width);
+          for (int64_t q = 0; q < 4; ++q) {
+            const int64_t y = 2 * p.y + q / 2, x = 2 * p.x + q % 2;
+            if (y < s_.out_height && x < s_.out_width && is_kept(p.image, y, x)) {
+              add(hidden + (4 * (i - lo) + q) * row_,
+                  (p.image * s_.out_height + y) * s_.out_width + x);
+            }
           }
         }
+        part = {part.weights, begin, rows};
       }
     } else {
+      images = parts(w_.kept, lo, hi, s_.out_height * s_.out_width);
       for (int64_t i = lo; i < hi; ++i) add(hidden + (i - lo) * row_, w_.kept[i]);
     }
-    const Tap<T> taps[2] = {{in, 0, hidden_, weights_->conv3, 0, 1},
-                            {side, 0, shortcut_channels_, weights_->downsample, 0, 1}};
-    run(Convolution::kThird, 0, 1, rows, taps, s_.downsample ? 2 : 1, out_panels_, first, last,
-        {s_.downsample ? summed_bias_ : weights_->biases[2], s_.downsample ? nullptr : side, out,
-         0, true});
+    for (int64_t p = first; p < last; ++p) {
+      for (const Part& part : images) {
+        const Weights<T>& w = (*weights_)[part.weights];
+        const float* bias =
+            s_.downsample ? summed_bias_ + part.weights * s_.c_out : w.biases[2];
+        const Tap<T> taps[2] = {{in + part.begin, 0, w.hidden, w.conv3, 0, 1},
+                                {side + part.begin, 0, shortcut_channels_, w.downsample, 0, 1}};
+        run(w, Convolution::kThird, 0, 1, part, taps, s_.downsample ? 2 : 1, out_panels_, p,
+            {bias, s_.downsample ? nullptr : side + part.begin, out + part.begin, 0, true});
+      }
+    }
   }
 
-  // run_panels; where there is a source, the weights of the first `own_taps` come from there.
-  void run(Convolution which, int64_t tap, int own_taps, int64_t rows, const Tap<T>* taps,
-           int tap_count, const Panels& panels, int64_t first, int64_t last,
-           const Target<T>& target) const {
-    if (weights_->source == nullptr) {
-      return run_panels<T>(rows, taps, tap_count, panels, first, last, target);
-    }
-    for (int64_t p = first; p < last; ++p) {
-      run_panel<T>(rows, taps, tap_count, panels, p, target,
-                   weights_->source->panel(which, p, tap, own_taps), own_taps);
-    }
+  // A panel for the rows of a part, if its weights have it; where there is a source, the weights
+  // of the first `own_taps` (their input channels [from, to)) come from there.
+  void run(const Weights<T>& w, Convolution which, int64_t tap, int own_taps, const Part& part,
+           const Tap<T>* taps, int tap_count, const Panels& panels, int64_t p,
+           const Target<T>& target, int64_t from = 0, int64_t to = kAllRows) const {
+    if (p >= panels.count() || part.begin == part.end) return;
+    const T* gathered =
+        w.source ? w.source->panel(which, p, tap, own_taps, from, to) : nullptr;
+    run_panel<T>(part.end - part.begin, taps, tap_count, panels, p, target, gathered,
+                 w.source ? own_taps : 0);
   }
 
   bool is_kept(int64_t image, int64_t y, int64_t x) const {
@@ -441,9 +529,10 @@ class Bottleneck {
   const Panels out_panels_;
   bool use_tiles_ = false;
   // Of run():
-  const Weights<T>* weights_ = nullptr;
-  const float* summed_bias_ = nullptr;
-  int64_t hidden_ = 0, row_ = 0, conv2_panels_ = 0;  // row_: values from row to row of the map
+  const std::vector<Weights<T>>* weights_ = nullptr;
+  const float* summed_bias_ = nullptr;  // of each weights
+  int64_t hidden_ = 0;  // of those weights that have most
+  int64_t row_ = 0, conv2_panels_ = 0;  // row_: values from row to row of the map
   bool has_constant_ = false;
   T* map_ = nullptr;
 };

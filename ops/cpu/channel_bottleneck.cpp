@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <deque>
 #include <optional>
 #include <utility>
 
@@ -14,45 +15,78 @@
 namespace las_mm::cpu {
 namespace {
 
-// Gathering takes about as long as computing so many outputs; measured.
+// Gathering a convolution's weights takes about as long as computing so many outputs with them: 16
+// weights are a load, a compression and two stores, about five cycles, where their products with an
+// output are one; and those of channels that are left out are loaded too. Estimated.
 constexpr double kPacking = 8;
+constexpr int64_t kTogetherRows = 512;  // outputs of images that run in step; measured
+
+// Images that a thread computes together: a panel of weights is gathered for each of them while it
+// lies in the cache. Only small maps need it; larger ones would no longer fit there themselves.
+int64_t images_together(const Arguments& a, const Shape& s, const at::Tensor& patches) {
+  if (a.groups > 1 || a.excitation) return 1;
+  int64_t kept = s.images * s.out_height * s.out_width;
+  if (patches.defined()) {
+    const MaskGeometry g(s.hidden_height, s.hidden_width, a.strides[1], a.dilation, a.granularity);
+    kept = 0;
+    for (int64_t n = 0; n < s.images; ++n) {
+      kept += count_outputs(g, patches.const_data_ptr<bool>() + n * patches.stride(0));
+    }
+  }
+  const int64_t most = std::min(kTogetherRows * s.images / std::max<int64_t>(kept, 1),
+                                ceil_div(s.images, free_threads()));
+  return std::max<int64_t>(most, 1);
+}
 
 template <typename T>
 void run_channels(const at::Tensor& x, const Arguments& a, const Shape& all,
                   const at::Tensor& patches, const at::Tensor& channels,
                   const Constants& constants, const at::Tensor& out) {
-  Shape s = all;
-  s.images = 1;
   const at::Tensor shortcut =
       a.shortcut ? a.shortcut->contiguous(at::MemoryFormat::ChannelsLast) : at::Tensor();
   const int64_t shortcut_channels = a.shortcut ? shortcut.size(1) : 0;
-  const int64_t outputs = s.out_height * s.out_width, decisions = channels.size(1);
-  const auto run = [&](int64_t n) {
+  const int64_t outputs = all.out_height * all.out_width, decisions = channels.size(1);
+  const auto run = [&](int64_t n, int64_t images) {
+    Shape s = all;
+    s.images = images;
     Bottleneck<T> block(
         a, s, values(x, T{}) + n * s.height * s.width * s.c_in,
         a.shortcut ? values(shortcut, T{}) + n * outputs * shortcut_channels : nullptr,
         shortcut_channels,
         patches.defined() ? patches.const_data_ptr<bool>() + n * patches.stride(0) : nullptr,
         mutable_values(out, T{}) + n * outputs * s.c_out);
-    const Selection selection(channels.const_data_ptr<bool>() + n * decisions, decisions, s.hidden,
-                              a.groups);
+    std::deque<Selection> selections;  // a deque: its elements stay where they are
+    bool all_wanted = true;
+    for (int64_t i = 0; i < images; ++i) {
+      selections.emplace_back(channels.const_data_ptr<bool>() + (n + i) * decisions, decisions,
+                              s.hidden, a.groups);
+      all_wanted = all_wanted && selections.back().count() == s.hidden;
+    }
     block.plan(kPacking);
-    if (selection.count() == s.hidden || !block.keeps_any()) {
-      return block.run(all_channels<T>(a, s, block.use_tiles()), s.hidden, nullptr);
+    if (all_wanted || !block.keeps_any()) {
+      return block.run({all_channels<T>(a, s, block.use_tiles())});
     }
-    SelectedWeights<T> weights(a, s, selection, constants, block.use_tiles());
-    const bool at_once = a.groups > 1 || !block.keeps_few();
-    std::vector<int32_t> channels_of_image;
-    for (int64_t c = 0; c < s.hidden; ++c) {
-      if (selection.on[c]) channels_of_image.push_back(static_cast<int32_t>(c));
+    const bool at_once = a.groups > 1 || (images == 1 && !block.keeps_few());
+    std::deque<SelectedMemory>& memory = workspace().selected;
+    while (memory.size() < selections.size()) memory.emplace_back();
+    std::deque<SelectedWeights<T>> sources;
+    std::vector<Weights<T>> weights;
+    for (size_t i = 0; i < selections.size(); ++i) {
+      sources.emplace_back(a, s, selections[i], constants, block.use_tiles(), memory[i]);
+      weights.push_back(sources.back().gather(at_once));
     }
-    block.run(weights.gather(at_once), selection.count(), &channels_of_image);
+    block.run(weights, &sources[0].wanted());
   };
-  if (all.images >= free_threads()) {
-    parallel_tasks(all.images, run);
-  } else {
-    for (int64_t n = 0; n < all.images; ++n) run(n);
+  if (all.images < free_threads()) {
+    for (int64_t n = 0; n < all.images; ++n) run(n, 1);
+    return;
   }
+  const int64_t together = images_together(a, all, patches);
+  const int64_t tasks = ceil_div(all.images, together);
+  parallel_tasks(tasks, [&](int64_t task) {
+    const int64_t first = all.images * task / tasks;
+    run(first, all.images * (task + 1) / tasks - first);
+  });
 }
 
 struct Call {

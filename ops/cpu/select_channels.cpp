@@ -50,8 +50,14 @@ Selection::Selection(const bool* wanted, int64_t decisions, int64_t width, int64
 
 template <typename T>
 SelectedWeights<T>::SelectedWeights(const Arguments& a, const Shape& s, const Selection& c,
-                                    const Constants& constants, bool use_tiles)
-    : a_(a), s_(s), c_(c), constants_(constants), w_(workspace()), taps_(use_tiles ? kTile : 9) {
+                                    const Constants& constants, bool use_tiles,
+                                    SelectedMemory& memory)
+    : a_(a),
+      s_(s),
+      c_(c),
+      constants_(constants),
+      memory_(memory),
+      taps_(use_tiles ? kTile : 9) {
   const int64_t n = c.count(), channels = s.hidden / a.groups;
   for (int64_t g = 0; g < a.groups; ++g) {
     for (int64_t i = c.first(g); i < c.first(g) + c.count(g); ++i) {
@@ -101,7 +107,7 @@ void SelectedWeights<T>::add(const T* from, int64_t depth, int64_t channels, int
 template <typename T>
 void SelectedWeights<T>::set_vectors() {
   const int64_t n = c_.count(), width = s_.hidden;
-  float* next = w_.vectors.get<float>(2 * n + s_.c_out + 2 * width);
+  float* next = memory_.vectors.get<float>(2 * n + s_.c_out + 2 * width);
   for (int i = 0; i < 2; ++i) {
     weights_.biases[i] = next;
     const float* bias = a_.biases[i].const_data_ptr<float>();
@@ -123,6 +129,7 @@ void SelectedWeights<T>::set_vectors() {
 template <typename T>
 Weights<T> SelectedWeights<T>::gather(bool at_once) {
   set_vectors();
+  weights_.hidden = c_.count();
   weights_.downsample = s_.downsample ? values(a_.weights[3], T{}) : nullptr;
   weights_.source = at_once ? nullptr : this;
   int64_t bytes = 0, constant_bytes = 0, tasks = 0;
@@ -134,8 +141,8 @@ Weights<T> SelectedWeights<T>::gather(bool at_once) {
   for (size_t i = 2; i < parts_.size(); ++i) {
     constant_bytes += 4 * (taps_ * padded(parts_[i].to.panels.channels) + kLanes);
   }
-  char* next = at_once ? w_.selected.get<char>(bytes) : nullptr;
-  char* constant = constants_.conv1 ? w_.constant.get<char>(constant_bytes) : nullptr;
+  char* next = at_once ? memory_.weights.get<char>(bytes) : nullptr;
+  char* constant = constants_.conv1 ? memory_.constant.get<char>(constant_bytes) : nullptr;
   std::vector<int64_t> ends;  // of the parts' tasks
   for (size_t i = 0; i < parts_.size(); ++i) {
     Part& part = parts_[i];
@@ -175,13 +182,14 @@ Weights<T> SelectedWeights<T>::gather(bool at_once) {
 }
 
 template <typename T>
-const T* SelectedWeights<T>::panel(Convolution which, int64_t panel, int64_t tap,
-                                   int64_t taps) const {
+const T* SelectedWeights<T>::panel(Convolution which, int64_t panel, int64_t tap, int64_t taps,
+                                   int64_t first, int64_t last) const {
   const Part& part = parts_[which == Convolution::kFirst ? 0 : which == Convolution::kThird ? 1 : 2];
-  const int64_t size = 4 * part.to.rows * part.to.panels.width(panel);
+  last = std::min(last, part.to.rows);
+  const int64_t size = 4 * (last - first) * part.to.panels.width(panel);
   char* memory = scratch().weights.template get<char>(size * taps + 4 * kLanes);
   for (int64_t t = 0; t < taps; ++t) {
-    gather_rows(part, panel, tap + t, 0, part.to.rows, memory + t * size);
+    gather_rows(part, panel, tap + t, first, last, memory + t * size);
   }
   return reinterpret_cast<const T*>(memory);
 }

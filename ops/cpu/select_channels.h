@@ -33,13 +33,17 @@ class SelectedWeights : public PanelSource<T> {
  public:
   // `use_tiles`: conv2's weights in Winograd form.
   SelectedWeights(const Arguments& a, const Shape& s, const Selection& selection,
-                  const Constants& constants, bool use_tiles);
+                  const Constants& constants, bool use_tiles, SelectedMemory& memory);
 
-  // The weights, in memory of this thread's workspace that lives until the next call. With
-  // `at_once` false those of the convolutions are null and come from panel().
+  // The weights, in `memory`. With `at_once` false those of the convolutions are null and come
+  // from panel().
   Weights<T> gather(bool at_once);
 
-  const T* panel(Convolution which, int64_t panel, int64_t tap, int64_t taps) const override;
+  // The wanted channels, numbered from the first one.
+  const std::vector<int32_t>& wanted() const { return whole_; }
+
+  const T* panel(Convolution which, int64_t panel, int64_t tap, int64_t taps, int64_t first,
+                 int64_t last) const override;
 
  private:
   // 16 source columns of which some go to byte `to` of a row.
@@ -79,11 +83,11 @@ class SelectedWeights : public PanelSource<T> {
   const Shape& s_;
   const Selection& c_;
   const Constants constants_;
-  Workspace& w_;
+  SelectedMemory& memory_;
   const int64_t taps_;
   Weights<T> weights_{};
   std::vector<Part> parts_;  // conv1, conv3, conv2's groups
-  std::vector<int32_t> whole_;  // the wanted channels, numbered from the first one
+  std::vector<int32_t> whole_;  // see wanted()
   float* shifted_ = nullptr;
   T* skipped_[2] = {};  // constants of the channels that are not wanted
 };

@@ -78,7 +78,7 @@ void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const a
                       patches.defined() ? patches.const_data_ptr<bool>() : nullptr,
                       mutable_values(out, T{}));
   block.plan();
-  block.run(all_channels<T>(a, s, block.use_tiles()), s.hidden);
+  block.run({all_channels<T>(a, s, block.use_tiles())});
 }
 
 void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const at::Tensor& patches,

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -41,11 +42,16 @@ Scratch& scratch();  // of the current thread
 // Positions (image, y, x) as indices into N x H x W.
 using Positions = std::vector<int32_t>;
 
+// The gathered weights of the channels of one image.
+struct SelectedMemory {
+  Buffer weights, constant, vectors;
+};
+
 // What one call of an op needs; of the current thread, so threads may share a model.
 struct Workspace {
   Buffer map, hidden, bias, zeros, bytes, spread, scores;
   Buffer scales;  // of squeeze-and-excitation
-  Buffer selected, constant, vectors;  // weights of the channels of one image
+  std::deque<SelectedMemory> selected;  // of images that are computed together
   Positions kept, dropped, halo, blank, tiles;
 };
 Workspace& workspace();

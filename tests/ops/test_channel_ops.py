@@ -145,6 +145,24 @@ def test_channels_of_several_panels(call, case):
     check(call, case)
 
 
+@st.composite
+def deep_blocks(draw):
+    """Small maps of many input channels, whose images run in step: other panels for each."""
+    case = draw(channel_blocks(cases.blocks()))
+    b = case.block
+    depth, width = draw(st.sampled_from([(512, 72), (520, 40), (1040, 136)]))
+    channels = (depth, width, b.channels[2] if b.downsample else depth)
+    groups = draw(st.sampled_from([1, 1, 1, 2])) if b.winograd == "none" else 1
+    size = draw(st.sampled_from([(3, 3), (7, 5), (4, 8)]))
+    block = replace(b, images=3, size=size, channels=channels, groups=groups)
+    return replace(case, block=block, together=draw(st.sampled_from([1, 2, 8])))
+
+
+@for_all(deep_blocks(), 60, "channel_bottleneck")
+def test_channels_of_images_in_step(call, case):
+    check(call, case)
+
+
 @for_all(channel_blocks(cases.blocks(in_place=True)), 200, "channel_bottleneck_")
 def test_channels_in_place(call, case):
     x = case.block.x.abs_()
