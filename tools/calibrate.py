@@ -27,6 +27,7 @@ from las_mm.fileio import write_atomically
 from las_mm.latency.calibrate import CASES, DTYPES, VISITS, Settings, calibrate
 from las_mm.latency.calibrated import CalibratedDevice, calibration_path
 from las_mm.latency.device import MEASURED
+from las_mm.latency.fitting import FEWEST
 from las_mm.preflight import Parser, UserError
 
 
@@ -48,6 +49,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, option)
         if value is not None and value < 1:
             parser.error(f"--{option} must be positive, got {value}")
+    if args.cases < FEWEST:
+        parser.error(f"--cases must be at least {FEWEST}, got {args.cases}")
     if args.out is not None and args.out.suffix.lower() not in (".yaml", ".yml"):
         parser.error(f"--out must end in .yaml or .yml, got {args.out}")
     return args

@@ -27,7 +27,7 @@ from .shapes import BlockShape
 _FOLDS = 5
 _ROBUST = 1.5  # median errors beyond which a measurement loses weight
 _OUTLIER = 4.0  # standard deviations of the formula's error, not learned
-_FEWEST = 60
+FEWEST = 60  # blocks that a fit needs
 
 
 class Observation(NamedTuple):
@@ -93,9 +93,9 @@ def fit(
         ValueError: Too few measurements.
         ImportError: scipy or scikit-learn is missing.
     """
-    if len(blocks) < _FEWEST or not stems:
+    if len(blocks) < FEWEST or not stems:
         raise ValueError(
-            f"at least {_FEWEST} blocks and a stem have to be measured, got {len(blocks)} and "
+            f"at least {FEWEST} blocks and a stem have to be measured, got {len(blocks)} and "
             f"{len(stems)}"
         )
     stem_s = _fit_stems(stems)

@@ -1,0 +1,85 @@
+"""tools/calibrate.py and tools/validate_latency.py, on an imagined machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from las_mm.latency import calibrate, load_device
+from las_mm.latency.fitted import Probes
+from las_mm.latency.halo import expected_dilated_rate
+from las_mm.latency.measurement import Measurement, Stopwatch
+from las_mm.latency.samples import StemCase
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBES = Probes(1e11, 5e10, ((1e4, 4e11), (1e6, 1e11), (1e8, 3e10)), 2e-5)
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(f"las_mm_tool_{name}", ROOT / f"tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def take(case, *_):
+    """A machine that takes 10 ns per thousand multiply-accumulates that are left, and 0.1 ms."""
+    if isinstance(case, StemCase):
+        return Measurement((1e-4 + 1e-9 * case.batch * case.conv.h_out**2,) * 3)
+    rate = case.rate if case.block.decides_positions else 1.0
+    dilated = float(expected_dilated_rate(case.block, np.asarray(rate)))
+    seconds = 1e-4 + 1e-11 * case.macs * rate * case.channel_rate
+    return Measurement((seconds,) * 3, rate, dilated, case.channel_rate)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAS_MM_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibrate, "measure_case", take)
+    monkeypatch.setattr(calibrate, "measure_probes", lambda settings: PROBES)
+    monkeypatch.setattr(Stopwatch, "undisturbed", lambda self, run: run())
+    return tmp_path
+
+
+def test_calibrate_then_validate(machine, capsys):
+    tool = load_tool("calibrate")
+    arguments = ["--cases", "60", "--visits", "1", "--name", "mine"]
+    tool.main(arguments)
+    assert "unseen blocks" in capsys.readouterr().out
+    device = load_device("cpu")
+    assert device.name == "mine"
+    assert not (machine / "cpu.measurements.jsonl").exists()
+    written = (machine / "cpu.yaml").read_text()
+    tool.main([*arguments, "--refit"])
+    assert (machine / "cpu.yaml").read_text() == written
+
+    report = machine / "report.md"
+    report.write_text("before\n<!-- validation: begin -->\nold\n<!-- validation: end -->\nafter\n")
+    checker = load_tool("validate_latency")
+    options = ["--cases", "40", "--visits", "1", "--parts", "blocks", "--write", str(report)]
+    checker.main(options)
+    text = report.read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- validation: end -->\nafter\n")
+    assert "| all | 40 |" in text and "old" not in text
+    assert (machine / "report.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("calibrate", ["--visits", "0"], "--visits must be positive, got 0"),
+        ("calibrate", ["--out", "device.txt"], "--out must end in .yaml or .yml"),
+        ("calibrate", ["--refit"], "--refit: there are no measurements at"),
+        ("calibrate", ["--cases", "5", "--visits", "1"], "--cases must be at least 60, got 5"),
+        ("validate_latency", [], "not calibrated yet"),
+        ("validate_latency", ["--device", "v100"], "--device v100 is published"),
+        ("validate_latency", ["--write", "missing.md"], "--write missing.md does not exist"),
+    ],
+)
+def test_refusals(machine, name, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        load_tool(name).main(arguments)
+    assert message in str(end.value.code)
