@@ -9,7 +9,8 @@ from typing import Any
 from las_mm.registry import HOOKS, MODELS
 from las_mm.version import __version__
 
-__all__ = ["HOOKS", "MODELS", "__version__", "explain", "prepare"]
+_BACKBONES = ["LASRegNet", "LASResNet"]
+__all__ = ["HOOKS", "MODELS", "__version__", "explain", "prepare", *_BACKBONES]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from las_mm.models.sparse import prepare
 
         return prepare
+    if name in _BACKBONES:
+        from las_mm import models
+
+        return getattr(models, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

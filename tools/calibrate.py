@@ -78,11 +78,20 @@ def run(args: argparse.Namespace) -> CalibratedDevice:
         record = measured
     console = Console()
     console.print(
-        f"Measuring {args.cases} blocks {args.visits} times ({settings.threads} threads, "
-        f"{args.dtype}); let nothing else run meanwhile. Record: {record}",
+        f"Measuring {args.cases} blocks and some stems {args.visits} times "
+        f"({settings.threads} threads, {args.dtype}); let nothing else run meanwhile. Record: {record}",
         highlight=False,
         soft_wrap=True,
     )
+    shown = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        bar.update(task, completed=done, total=total)
+        if not console.is_terminal and 20 * done // total > shown:  # a log shows no bar
+            shown = 20 * done // total
+            console.print(f"{done} of {total}", highlight=False)
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     try:
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
@@ -92,7 +101,7 @@ def run(args: argparse.Namespace) -> CalibratedDevice:
                 record,
                 args.name or args.device,
                 datetime.date.today().isoformat(),
-                lambda done, total: bar.update(task, completed=done, total=total),
+                show,
             )
         write_atomically(out, device.to_yaml().encode())
     except (ValueError, RuntimeError, ImportError, OSError) as error:

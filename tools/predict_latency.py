@@ -34,7 +34,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("config", help="a config with a dynamic backbone")
     add("--device", required=True, help="a shipped device (v100, tx2, ...) or a device file")
-    add("--shape", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"), help="of an image")
+    add(
+        "--shape",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of an image; default: 224 224 for mmpretrain's configs, else 800 1344",
+    )
     add("--batch", type=int, help="images per batch; default: the device file's")
     add("--rate", type=float, nargs="+", default=[0.5], help="of all blocks, or one per block")
     add("--channel-rate", type=float, nargs="+", default=[1.0], help="likewise, of channels kept")
@@ -53,6 +59,8 @@ def read_network(args: argparse.Namespace) -> NetworkShape:
         UserError: The config has none, or an argument does not fit it.
     """
     cfg = load_config(args.config)
+    if args.shape is None:
+        args.shape = (224, 224) if cfg.get("default_scope") == "mmpretrain" else (800, 1344)
     overrides = {key: getattr(args, key) for key in ("mode", "granularity")}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if overrides:
@@ -110,7 +118,7 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UserError: Something is.
     """
-    if min(args.shape) < 1:
+    if args.shape is not None and min(args.shape) < 1:
         raise UserError(f"--shape must be two positive integers H W, got {list(args.shape)}")
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch must be a positive integer, got {args.batch}")

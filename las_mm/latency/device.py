@@ -155,10 +155,12 @@ def load_device(name_or_path: str | Path | AnyDevice) -> AnyDevice:
             f"got {type(name_or_path).__name__}"
         )
     path = Path(name_or_path)
+    way_out = ""
     if path.suffix.lower() not in (".yaml", ".yml"):
         name = str(name_or_path).lower()
         if name in MEASURED:
             path = calibration_path(name)
+            way_out = f"run tools/calibrate.py --device {name} again (--refit keeps measurements)"
             if not path.is_file():
                 raise ValueError(
                     f"this machine's {name} is not calibrated yet (no {path}): run "
@@ -177,7 +179,12 @@ def load_device(name_or_path: str | Path | AnyDevice) -> AnyDevice:
             f"no device file at {path}; shipped devices, which need no path: "
             f"{', '.join(available_devices())}"
         )
-    return _parse(path)
+    try:
+        return _parse(path)
+    except ValueError as error:
+        if way_out and way_out.split(" --device")[0] not in str(error):
+            raise ValueError(f"{error}; {way_out}") from error
+        raise
 
 
 def load_analytic_device(name_or_path: str | Path | AnyDevice) -> Device:
