@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> CalibratedDevice:
     console = Console()
     console.print(
         f"Measuring {args.cases} blocks and some stems {args.visits} times "
-        f"({settings.threads} threads, {args.dtype}); let nothing else run meanwhile. Record: {record}",
+        f"({settings.threads} threads, {args.dtype}); let nothing else run meanwhile. "
+        f"Record: {record}",
         highlight=False,
         soft_wrap=True,
     )
