@@ -137,11 +137,14 @@ def test_missing_tensorboard(refusal, config, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("mode=diagonal", "mode of stage 1 must be one of static, spatial, layer, got 'diagonal'"),
+        (
+            "mode=diagonal",
+            "stage 1: mode must be one of static, spatial, channel, layer, both, got",
+        ),
         ("mode=[spatial,layer]", "mode needs one value or 4"),
-        ("granularity=[4,0,2,1]", "positive integers"),
+        ("granularity=[4,0,2,1]", "stage 2: granularity must be a positive integer"),
         ("granularity=[4,2,1]", "granularity needs one value or 4"),
-        ("granularity=1.5", "got 1.5 in stage 1"),
+        ("granularity=1.5", "stage 1: granularity must be a positive integer"),
         ("depth=18", "depth of LASResNet must be one of 50, 101, 152, got 18"),
         ("type=las_mm.NoNet", "las_mm.NoNet"),
         ("colour=red", "colour"),

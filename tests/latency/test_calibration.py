@@ -116,7 +116,7 @@ def test_fit_predicts_unseen_blocks_despite_disturbed_ones(fitted):
     unseen = observe(itertools.islice(draw_cases(7, 25e9), 150))
     predicted = np.array([predicted_s(fitted.model, o) for o in unseen])
     accuracy = Accuracy.of(predicted, np.array([o.seconds for o in unseen]))
-    assert accuracy.rmspe < 0.08, accuracy
+    assert accuracy.within_10_percent > 0.85, accuracy
     assert accuracy.rank_correlation > 0.99
     # The disturbed ones are a third of what cross-validation sees as wrong.
     assert fitted.accuracy["within_10_percent"] > 0.8

@@ -70,7 +70,7 @@ def test_devices_from_data_sheets(name):
 def test_kinds(tmp_path):
     content = load_device("v100").to_dict()
     path = tmp_path / "mine.yaml"
-    for kind in KINDS:
+    for kind in set(KINDS) - {"calibrated"}:  # which is a file of another form
         path.write_text(yaml.safe_dump({**content, "kind": kind}))
         assert load_device(path).kind == kind
         assert KINDS[kind] in load_device(path).note

@@ -194,7 +194,7 @@ def test_configs_without_a_dynamic_backbone():
         predict(cfg, "v100", (64, 64), rates=0.5)
     with pytest.raises(ValueError, match="has no model"):
         predict(Config(dict(a=1)), "v100", (64, 64), rates=0.5)
-    with pytest.raises(UserError, match="mode of stage 1 must be one of"):
+    with pytest.raises(UserError, match="stage 1: mode must be one of"):
         predict(config(mode="diagonal"), "v100", (64, 64), rates=0.5)
     with pytest.raises(UserError, match="gone.py does not exist"):
         predict("gone.py", "v100", (64, 64), rates=0.5)
