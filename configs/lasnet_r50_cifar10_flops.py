@@ -1,6 +1,6 @@
 """CIFAR-10 at 96 x 96 with a half-width ResNet-50, S=1 everywhere, held to a share of its FLOPs.
 
-The experiment of docs/latency.md, with lasnet_r50_latency.py: what changes when the
+The experiment of docs/latency.md, with lasnet_r50_cifar10_latency.py: what changes when the
 budget is latency. LAS_MM_CIFAR10 is a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, default
 data/cifar10; LAS_MM_PRETRAINED a checkpoint to start from (docs/latency.md says which).
 """
