@@ -35,7 +35,7 @@ measure 800_S8471 "1 3 800 1344" --rate 0.5 --masks blob --granularity 8 4 7 1 -
 measure 8x224_layer "8 3 224 224" --rate 0.5 --masks blob --mode layer --engines openvino onnxruntime
 measure 800_bf16 "1 3 800 1344" --rate 0.5 --masks blob --dtype bf16 --rounds 7
 
-# Families and modes, at rates that give a FLOPs ratio of about 0.5.
+# Families and modes, at rates that should give a FLOPs ratio of about 0.5; the table has the true one.
 mode() { # FAMILY MODE OPTIONS...
   local name=$1_$2 mode=$2
   shift 2

@@ -21,7 +21,7 @@ namespace las_mm::cpu {
 
 constexpr int64_t kChunkTiles = 48;  // Winograd tiles of 2x2 outputs; measured: 36 to 60 are alike
 constexpr int64_t kFewRows = 256;    // of an image, whose weights are gathered panel by panel
-constexpr int64_t kGatheredDepth = 512;  // input channels of such a panel, so that L2 holds it
+constexpr int64_t kGatheredDepth = 512;  // input channels of such a panel: 128 KiB, for L2
 
 enum class Convolution { kFirst, kSecond, kThird };
 

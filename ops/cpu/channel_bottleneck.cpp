@@ -19,7 +19,7 @@ namespace {
 // weights are a load, a compression and two stores, about five cycles, where their products with an
 // output are one; and those of channels that are left out are loaded too. Estimated.
 constexpr double kPacking = 8;
-constexpr int64_t kTogetherRows = 512;  // outputs of images that run in step; measured
+constexpr int64_t kTogetherRows = 512;  // outputs of images that run in step; 256 to 1024 tried
 
 // Images that a thread computes together: a panel of weights is gathered for each of them while it
 // lies in the cache. Only small maps need it; larger ones would no longer fit there themselves.
