@@ -409,7 +409,9 @@ def test_freezing_and_copies():
             torch.testing.assert_close(ours, theirs)
 
 
-def test_latency_model_refuses_channels():
-    net = LASResNet(50, mode="channel", **SMALL)
-    with pytest.raises(ValueError, match="latency model covers the modes .* not 'channel'"):
-        block_report("v100", net.network_shape((64, 64)).blocks[0], 0.5)
+def test_latency_model_knows_channels():
+    shape = LASResNet(50, mode="channel", **SMALL).network_shape((64, 64))
+    half, whole = (
+        block_report("v100", shape.blocks[1], rate_channel=rate).latency_s for rate in (0.5, 1.0)
+    )
+    assert 0 < half < whole
