@@ -1,9 +1,17 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and where measurements of this machine are kept."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """``$LAS_MM_CACHE``, ``$XDG_CACHE_HOME/las_mm`` or ``~/.cache/las_mm``."""
+    folder = os.environ.get("LAS_MM_CACHE")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "las_mm"
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,6 +24,15 @@ os.environ.setdefault("LAS_MM_CACHE", tempfile.mkdtemp(prefix="las_mm_cache_"))
 
 PIXELS = 96  # side of the images that the tiny detector sees
 FLIP = dict(type="RandomFlip", prob=0.5)
+
+
+def load_tool(name: str):
+    """The module tools/NAME.py, which is no part of the package."""
+    path = ROOT / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"las_mm_tool_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from conftest import load_tool
 from las_mm import preflight
 from las_mm.hooks import PredictedLatencyHook
 from las_mm.latency import predict, resnet_shape, search_granularity
@@ -25,13 +26,6 @@ from las_mm.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 1200  # seconds that a process may take on a busy machine
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"las_mm_tool_{name}", ROOT / f"tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

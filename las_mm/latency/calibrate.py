@@ -25,7 +25,7 @@ from las_mm.models.plan import machine
 
 from .calibrated import CalibratedDevice
 from .fitted import Probes
-from .fitting import Observation, StemObservation, fit
+from .fitting import Observation, StemObservation, check_libraries, fit
 from .measurement import Measurement, Stopwatch, measure_case
 from .samples import Case, StemCase, draw_cases, stem_cases
 
@@ -94,11 +94,12 @@ def calibrate(
     Raises:
         ValueError: The record is damaged, or of another machine or other settings.
         RuntimeError: There are no native kernels here.
+        ImportError: scipy or scikit-learn is missing.
     """
+    check_libraries()  # before minutes of measuring
     observed = measure(settings, record, progress)
-    probes = observed.probes
     tiles = settings.dtype == "float32" and ops.has_winograd(settings.device_type)
-    model, accuracy = fit(observed.blocks, observed.stems, probes, tiles)
+    model, accuracy = fit(observed.blocks, observed.stems, observed.probes, tiles)
     return CalibratedDevice(
         name=name, machine=here(settings), date=date, accuracy=asdict(accuracy), model=model
     )
@@ -129,7 +130,7 @@ def measure(
     if not ops.has_kernels(settings.device_type):
         raise RuntimeError(
             f"las_mm was built without native kernels for {settings.device_type}, so there is "
-            "nothing to calibrate; see README, Install"
+            "nothing to calibrate; install it where a C++ compiler is"
         )
     cases = plan(settings) if cases is None else cases
     known, probes = read_record(record, settings)

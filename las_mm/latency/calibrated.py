@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import numbers
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+
+from las_mm.fileio import cache_folder
 
 from .fitted import INPUTS, TERMS, Correction, FittedModel, Probes
 from .halo import expected_dilated_rate
@@ -243,13 +244,8 @@ def parse_calibrated(path: Path, content: Mapping[str, Any]) -> CalibratedDevice
 
 
 def calibration_path(device_type: str) -> Path:
-    """Where this machine's own calibration is kept: ``cpu.yaml`` in ``$LAS_MM_CACHE`` or
-    ``~/.cache/las_mm``."""
-    folder = os.environ.get("LAS_MM_CACHE")
-    if not folder:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(base) / "las_mm")
-    return Path(folder) / f"{device_type}.yaml"
+    """Where this machine's own calibration is kept: e.g. ``~/.cache/las_mm/cpu.yaml``."""
+    return cache_folder() / f"{device_type}.yaml"
 
 
 def _rounded(value: Any) -> Any:
@@ -258,9 +254,7 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     if isinstance(value, (float, np.floating)):
-        number = float(f"{float(value):.{_DIGITS}g}")
-        # YAML 1.1 reads 1e-05 as text, and PyYAML writes it that way: 1.0e-05 is a number.
-        return number
+        return float(f"{float(value):.{_DIGITS}g}")
     return value
 
 

@@ -5,6 +5,7 @@ Needs scipy and scikit-learn, which predicting does without.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,17 @@ class Accuracy:
             bias=float(np.median(error)),
             rank_correlation=float(spearmanr(predicted, measured).statistic),
         )
+
+
+def check_libraries() -> None:
+    """What fitting needs is installed.
+
+    Raises:
+        ImportError: scipy or scikit-learn is missing.
+    """
+    for name, package in (("scipy", "scipy"), ("sklearn", "scikit-learn")):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"fitting needs {package}: pip install {package}")
 
 
 def fit(
@@ -160,14 +172,10 @@ def _robust_constants(design: np.ndarray, measured: np.ndarray) -> np.ndarray:
 def _fit_correction(
     inputs: np.ndarray, logarithms: np.ndarray, kernel: object | None
 ) -> tuple[Correction, object]:
-    try:
-        from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
-    except ImportError as error:
-        raise ImportError(
-            "fitting needs scikit-learn: pip install 'las_mm[calibrate]' or pip install "
-            "scikit-learn"
-        ) from error
+    check_libraries()
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
     deviation = 1.4826 * np.median(abs(logarithms - np.median(logarithms))) + 1e-9
     used = abs(logarithms - np.median(logarithms)) < _OUTLIER * deviation
     center, scale = inputs.mean(axis=0), inputs.std(axis=0)

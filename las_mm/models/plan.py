@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
 import threading
 import time
@@ -24,7 +23,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from las_mm import ops
-from las_mm.fileio import write_atomically
+from las_mm.fileio import cache_folder, write_atomically
 from las_mm.memory import release_freed
 from las_mm.version import __version__
 
@@ -325,12 +324,8 @@ def _timing(value: dict) -> Timing:
 
 
 def default_path() -> Path:
-    """``plan.json`` in ``$LAS_MM_CACHE``, ``$XDG_CACHE_HOME/las_mm`` or ``~/.cache/las_mm``."""
-    folder = os.environ.get("LAS_MM_CACHE")
-    if not folder:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(base) / "las_mm")
-    return Path(folder) / "plan.json"
+    """``plan.json`` in the :func:`~las_mm.fileio.cache_folder`."""
+    return cache_folder() / "plan.json"
 
 
 _plan: Plan | None = None

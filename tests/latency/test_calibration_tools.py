@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from conftest import load_tool
 from las_mm.latency import calibrate, load_device
 from las_mm.latency.fitted import Probes
 from las_mm.latency.halo import expected_dilated_rate
 from las_mm.latency.measurement import Measurement, Stopwatch
 from las_mm.latency.samples import StemCase
 
-ROOT = Path(__file__).resolve().parents[2]
 PROBES = Probes(1e11, 5e10, ((1e4, 4e11), (1e6, 1e11), (1e8, 3e10)), 2e-5)
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"las_mm_tool_{name}", ROOT / f"tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def take(case, *_):
@@ -83,3 +73,10 @@ def test_refusals(machine, name, arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         load_tool(name).main(arguments)
     assert message in str(end.value.code)
+
+
+def test_missing_library_is_named_before_measuring(machine, monkeypatch):
+    monkeypatch.setattr(calibrate, "measure_case", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="fitting needs scipy: pip install scipy"):
+        calibrate.calibrate(calibrate.Settings(), machine / "record.jsonl", "mine", "2026-01-01")

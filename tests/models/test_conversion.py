@@ -1,6 +1,5 @@
 """Checkpoints of other code -> ours: every key accounted for, the rest refused."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ import torchvision
 from mmengine.runner import load_checkpoint
 from mmpretrain.models import ImageClassifier
 
+from conftest import load_tool
 from las_mm.models import LASRegNet, LASResNet, released
 from las_mm.models.released import build, convert, load
 from las_mm.registry import MODELS
@@ -233,14 +233,6 @@ def test_two_networks_are_refused():
 
 
 # The tool ----------------------------------------------------------------------------------------
-
-
-def load_tool(name: str):
-    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"las_mm_tool_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
