@@ -3,7 +3,7 @@
 
 python tools/calibrate.py --device cpu
 
-About 6 minutes; let nothing else run meanwhile. The device file goes to ~/.cache/las_mm/cpu.yaml
+About 9 minutes; let nothing else run meanwhile. The device file goes to ~/.cache/las_mm/cpu.yaml
 (or $LAS_MM_CACHE, or --out), where the name 'cpu' finds it:
 
 python tools/predict_latency.py configs/mask_rcnn_lasnet_r101.py --device cpu --rate 0.5
