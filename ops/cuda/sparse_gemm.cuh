@@ -58,6 +58,18 @@ struct SparseGemm {
     return s.depth;
   }
 
+  // The group's first channel in a row of the outputs, and where an output channel's bias is.
+  LAS_MM_DEVICE static int first_output(const Params& p, const Place& place) {
+    if constexpr (Tile::kSelected) return p.selection.columns ? place.first : 0;
+    return place.group * p.columns;
+  }
+  LAS_MM_DEVICE static int bias_of(const Params& p, const Place& place, int channel) {
+    if constexpr (Tile::kSelected) {
+      return p.selection.columns ? place.image * p.selection.row + channel : channel;
+    }
+    return channel;
+  }
+
   // Where in the depth the next step begins.
   struct Step {
     int source = 0, tap = 0, channel = 0;
@@ -244,30 +256,26 @@ struct SparseGemm {
   }
 
   LAS_MM_DEVICE static void write(const Params& p, const Place& place, const Part& part) {
-    int channels = p.groups * p.columns, first_channel = place.group * p.columns, first_bias = 0;
-    const int columns = columns_of(p, place);
-    if constexpr (Tile::kSelected) {
-      channels = p.selection.row;
-      first_channel = p.selection.columns ? place.first : 0;
-      first_bias = p.selection.columns ? place.image * channels : 0;
-    }
+    const int channels = Tile::kSelected ? p.selection.row : p.groups * p.columns;
     LAS_MM_UNROLL
     for (int i = 0; i < Part::kRowRuns; ++i) {
       const int row = Part::row(i);
       if (row >= place.rows) continue;
-      const int64_t start = static_cast<int64_t>(position_of(p, place, place.first_row + row)) * channels;
+      const int64_t start =
+          static_cast<int64_t>(position_of(p, place, place.first_row + row)) * channels;
       LAS_MM_UNROLL
       for (int run = 0; run < Part::kRuns; ++run) {
         const int first = place.panel * kPanel + Part::column(run);  // in the group
-        const int valid = columns - first < Part::kRun ? columns - first : Part::kRun;
+        const int left = columns_of(p, place) - first;
+        const int valid = left < Part::kRun ? left : Part::kRun;
         if (valid <= 0) continue;
-        const int channel = first_channel + first;
+        const int channel = first_output(p, place) + first;
         float values[Part::kRun];
         LAS_MM_UNROLL
         for (int c = 0; c < Part::kRun; ++c) {
           float value = part.value(i, run, c);
           if (c < valid) {
-            value += p.bias.load(first_bias + channel + c);
+            value += p.bias.load(bias_of(p, place, channel) + c);
             if (p.second_bias.data != nullptr) value += p.second_bias.load(channel + c);
           }
           values[c] = value;
@@ -323,17 +331,15 @@ struct SparseGemm {
     if constexpr (Tile::kSelected) {
       if (depth_of(p.sources[0], place) == 0) next.source = 1;
     }
-    int filled = 0;
-    const auto fill_next = [&] {
-      if (filled < step_count) {
+    const auto fill_next = [&](int step) {
+      if (step < step_count) {
         if (next.channel == 0) find_positions(p, next, rows);
-        fill(p, place, next, rows, filled % Tile::kStages);
+        fill(p, place, next, rows, step % Tile::kStages);
         advance(p, place, next);
-        ++filled;
       }
       commit_copies();  // also an empty group, so that counting them stays simple
     };
-    for (int i = 0; i < Tile::kStages - 1; ++i) fill_next();
+    for (int i = 0; i < Tile::kStages - 1; ++i) fill_next(i);
     Part part;
     part.clear();
     float score = 0.f;
@@ -341,7 +347,7 @@ struct SparseGemm {
     for (int step = 0; step < step_count; ++step) {
       wait_copies<Tile::kStages - 2>();
       sync_block();  // this stage is complete, and no one reads the one that is filled next
-      fill_next();
+      fill_next(step + Tile::kStages - 1);
       const int stage = step % Tile::kStages;
       part.multiply(stage);
       if constexpr (Tile::kScores) {
