@@ -53,7 +53,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
         UserError: The file is missing or cannot be parsed, or an option does not fit it.
     """
     if not osp.isfile(path):
-        raise UserError(f"config file {path} does not exist")
+        what = "is a folder; name a file in it" if osp.isdir(path) else "does not exist"
+        raise UserError(f"config file {path} {what}")
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is a program: anything may come out of it

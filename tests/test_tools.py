@@ -507,6 +507,15 @@ def test_predict_latency_with_another_mode_and_granularity(say, tmp_path):
     assert "h100: datasheet (from data sheets; L2 and launch estimated" in text
 
 
+def test_predict_latency_says_which_rates_count(say):
+    shape = ["--device", "v100", "--shape", 64, 64, "--rate", 0.4]
+    assert "rate 0.4, per image" in say("predict_latency", LASNET, *shape)
+    text = say("predict_latency", LASNET, *shape, "--mode", "channel", "--channel-rate", 0.6)
+    assert "no block has a rate (--rate is not used), channel rate 0.6, per image" in text
+    text = say("predict_latency", LASNET, *shape, "--channel-rate", 0.6)
+    assert "rate 0.4, no block has a channel rate (--channel-rate is not used)" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -531,6 +540,7 @@ def test_predict_latency_refuses(arguments, words, say, tmp_path):
 def test_latency_tools_need_a_config_with_a_dynamic_backbone(tool, say, tmp_path):
     shape = ["--device", "v100", "--shape", 64, 64]
     assert "config file gone.py does not exist" in say(tool, "gone.py", *shape)
+    assert f"{tmp_path} is a folder; name a file in it" in say(tool, tmp_path, *shape)
     static = tmp_path / "static.py"
     static.write_text("model = dict(type='mmpretrain.ResNet', depth=50)\n")
     assert "ResNet has no backbone with a latency model" in say(tool, static, *shape)

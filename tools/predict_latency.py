@@ -42,8 +42,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="of an image; default: 224 224 for mmpretrain's configs, else 800 1344",
     )
     add("--batch", type=int, help="images per batch; default: the device file's")
-    add("--rate", type=float, nargs="+", default=[0.5], help="of all blocks, or one per block")
-    add("--channel-rate", type=float, nargs="+", default=[1.0], help="likewise, of channels kept")
+    add("--rate", type=float, nargs="+", help="of all blocks, or one per block; default: 0.5")
+    add("--channel-rate", type=float, nargs="+", help="likewise, of channels kept; default: 1")
     add("--rate-dilated", type=float, nargs="+", help="conv1's; default: --rate, as in the papers")
     add("--mode", choices=MODES, nargs="+", help="of all stages, or one per stage")
     add("--granularity", type=int, nargs="+", help="patch side S: one, or one per stage or block")
@@ -99,17 +99,40 @@ def make_table(dynamic: Report, static: Report, network: NetworkShape) -> Table:
     return table
 
 
-def conditions(args: argparse.Namespace, device: AnyDevice, network: NetworkShape) -> str:
+def settle_rates(args: argparse.Namespace, network: NetworkShape) -> list[str]:
+    """Fill in the defaults of --rate and --channel-rate; returns what to say of each."""
+    modes = {block.mode for block in network.blocks}
+    said = []
+    for name, readers, default in (
+        ("rate", {"spatial", "both", "layer"}, 0.5),
+        ("channel_rate", {"channel", "both"}, 1.0),
+    ):
+        rates, label = getattr(args, name), name.replace("_", " ")
+        if not modes & readers:
+            if rates is not None:
+                option = label.replace(" ", "-")
+                said.append(f"no block has a {label} (--{option} is not used)")
+            continue
+        if rates is None:
+            rates = [default]
+            setattr(args, name, rates)
+        said.append(f"{label} {rates[0]:g}" if len(rates) == 1 else f"a {label} per block")
+    return said
+
+
+def conditions(
+    args: argparse.Namespace, device: AnyDevice, network: NetworkShape, rates: list[str]
+) -> str:
     """What was predicted, in one line."""
     batch = device.batch_size if args.batch is None else args.batch
     height, width = network.input_hw
-    rates = f"rate {args.rate[0]:g}" if len(args.rate) == 1 else "a rate per block"
-    if any(block.has_channels for block in network.blocks):
-        channel = args.channel_rate
-        rates += f", channel rate {channel[0]:g}" if len(channel) == 1 else " and of channels"
-    return (
-        f"{network.name} on {device.name}, batch {batch} of {height} x {width}, {rates}, per image"
-    )
+    parts = [
+        f"{network.name} on {device.name}",
+        f"batch {batch} of {height} x {width}",
+        *rates,
+        "per image",
+    ]
+    return ", ".join(parts)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -139,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         network = read_network(args)
         batch = device.batch_size if args.batch is None else args.batch
         shape = (batch, 3, *network.input_hw)
+        said = settle_rates(args, network)
         rates, dilated, channel = (
             values[0] if values is not None and len(values) == 1 else values
             for values in (args.rate, args.rate_dilated, args.channel_rate)
@@ -163,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             write_atomically(args.json, json.dumps(content, indent=2).encode())
     except (UserError, ValueError, OSError) as error:
         sys.exit(f"predict_latency.py: error: {error}")
-    console.print(conditions(args, device, network), highlight=False, soft_wrap=True)
+    console.print(conditions(args, device, network, said), highlight=False, soft_wrap=True)
     console.print(make_table(dynamic, static, network))
     console.print(device.note, highlight=False, soft_wrap=True)
     if args.depth_of_tree is not None:

@@ -184,7 +184,7 @@ def _recorded(
             return None, None, None, size
         raise ValueError(
             f"{type(model).__name__} has not run yet, so its blocks have no rates: run it on an "
-            "image, or give input_shape and rates, e.g. rates=0.5"
+            f"image, or give {'' if size else 'input_shape and '}rates, e.g. rates=0.5"
         ) from error
     # Straight-through arithmetic may leave a rate a rounding error above 1.
     rates, dilated, channel = (

@@ -29,7 +29,13 @@ from las_mm.latency.differentiable import DifferentiableLatency
 from las_mm.latency.fitted import TERMS, Probes, quantities
 from las_mm.latency.fitting import Accuracy, Observation, StemObservation, fit, predicted_s
 from las_mm.latency.halo import expected_dilated_rate
-from las_mm.latency.measurement import Measurement, Stopwatch, measure_case
+from las_mm.latency.measurement import (
+    BlockRunner,
+    Measurement,
+    Stopwatch,
+    measure_case,
+    small_case,
+)
 from las_mm.latency.operators import static_conv
 from las_mm.latency.samples import Case, StemCase, draw_cases, stem_cases
 from las_mm.latency.shapes import MODES, BlockShape
@@ -273,6 +279,24 @@ def test_real_measurements_record_rates():
             assert found.rate == pytest.approx(mask.double().mean().item())
     found = measure_case(stem_cases()[0], stopwatch, torch.float32, "cpu")
     assert min(found.seconds) > 0
+
+
+def test_a_run_finds_its_input_and_the_code_warm():
+    calls = []
+    seconds = Stopwatch().runs(*(lambda name=name: calls.append(name) for name in "prw"))
+    assert calls == list("pwr") * (len(seconds) + 1)
+
+
+def test_small_cases_run_the_same_code():
+    for case in itertools.islice(draw_cases(7, 2e9), 40):
+        small = small_case(case)
+        kept = ("mode", "stride", "downsample", "channel_granularity", "channel_masker_layers")
+        assert all(getattr(small.block, k) == getattr(case.block, k) for k in kept)
+        assert bool(small.block.se_width) == bool(case.block.se_width)
+        assert (small.block.groups > 1) == (case.block.groups > 1)
+        assert small.macs < 5e6
+        with torch.inference_mode():
+            BlockRunner(small, torch.float32, "cpu").run()
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def convert(
     own = _template(config)
     # A classifier's `fc` lies beside the backbone's parts in torchvision's names.
     names = {theirs: ours for theirs, ours in names.items() if ours in own}
-    _check(own, found, names, prefix)
+    _check(own, found, names, head, prefix)
     converted = {BACKBONE + ours: found[theirs] for theirs, ours in names.items()}
     absent = [key for key in own if BACKBONE + key not in converted]
     added = [key for key in absent if key.endswith(_COUNTER) and not is_masker(key)]
@@ -212,9 +212,13 @@ def _template(config: dict) -> dict[str, Tensor]:
 
 
 def _check(
-    own: dict[str, Tensor], found: dict[str, Tensor], names: dict[str, str], prefix: str
+    own: dict[str, Tensor],
+    found: dict[str, Tensor],
+    names: dict[str, str],
+    head: dict[str, str],
+    prefix: str,
 ) -> None:
-    """Everything but maskers is there, has the right shape, and nothing of the network is left.
+    """Everything but maskers is there, finite, has its shape, and nothing of the network is left.
 
     Raises:
         ValueError: It does not.
@@ -240,4 +244,11 @@ def _check(
         raise ValueError(
             f"{len(left)} weights have no place in the network, e.g. {left[0]}: it is another "
             "network than the one recognised or specified"
+        )
+    used = [*names, *head]
+    damaged = [key for key in used if not torch.isfinite(found[key]).all()]
+    if damaged:
+        raise ValueError(
+            f"{len(damaged)} of {len(used)} weights contain NaN or infinity, e.g. {damaged[0]}: the "
+            "file is damaged, or its training diverged"
         )
