@@ -34,6 +34,13 @@ struct alignas(16) Words {
 
 // Coordinates: blocks and threads are numbered in one dimension.
 LAS_MM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same, read here and now: what follows from it is computed again instead of being kept in
+// registers through a loop that has none to spare.
+LAS_MM_DEVICE int thread_index_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 LAS_MM_DEVICE int64_t block_index() { return blockIdx.x; }
 LAS_MM_DEVICE int64_t block_count() { return gridDim.x; }
 

@@ -127,7 +127,7 @@ struct SparseGemm {
       weight.data += place.image * s.image_values + place.group * s.group_values;
     }
     const int base = stage * Tile::kStageBytes;
-    const int chunk = thread_index() % kRowChunks;
+    const int chunk = thread_index_again() % kRowChunks;
     LAS_MM_UNROLL
     for (int i = 0; i < kRowPasses; ++i) {
       const int row = thread_index() / kRowChunks + i * (kThreads / kRowChunks);

@@ -149,7 +149,7 @@ MUTANTS = [
         "SparseGemm",
         "channels written beyond the group",
         GEMM,
-        "columns - first < Part::kRun ? columns - first : Part::kRun",
+        "left < Part::kRun ? left : Part::kRun",
         "Part::kRun",
         BOTTLENECK,
         "",

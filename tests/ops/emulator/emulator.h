@@ -1164,6 +1164,7 @@ inline void reset() { state.allocations.clear(); }
 // ---- What kernels use; cuda/platform.cuh describes it -------------------------------------------
 
 inline int thread_index() { return emulator::running().index; }
+inline int thread_index_again() { return thread_index(); }
 inline int64_t block_index() {
   emulator::running();
   return emulator::state.block;
