@@ -24,7 +24,7 @@ help:
 	@echo "make test-slow  also the tests that train for minutes"
 	@echo "make test-gpu   build the CUDA kernels and compare them with the CPU; needs a GPU"
 	@echo "make cuda-build build and import the CUDA kernels aside, for 6 generations of GPUs; needs nvcc, no GPU"
-	@echo "make cuda-resources  also check their registers, occupancy and instructions"
+	@echo "make cuda-resources  also check their registers, occupancy and instructions (ARCHITECTURES=\"75 80\": only these)"
 	@echo "make sanitize   tests of the ops under AddressSanitizer and UBSan (GCC, 3 minutes to build)"
 	@echo "make benchmark  every measurement of docs/performance.md: about 20 minutes (the modes untimed), on an idle machine"
 	@echo "make setup      only the environment in .venv"
@@ -100,7 +100,7 @@ cuda-build: setup
 	$(BIN)/python tools/cuda_resources.py --optional --build-only
 
 cuda-resources: setup
-	$(BIN)/python tools/cuda_resources.py --optional
+	$(BIN)/python tools/cuda_resources.py --optional $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
 
 sanitize: setup
 	PYTHON=$(CURDIR)/$(BIN)/python tests/ops/sanitize.sh

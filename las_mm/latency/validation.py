@@ -26,7 +26,7 @@ from .search import search_granularity
 _MOST_MACS = 25e9  # of a block: twice what calibrations measure
 _RANGES_MS = (0.0, 1.0, 3.0, 10.0, 30.0, float("inf"))
 _DRAWN = 8800  # cases that count as seen: more than any calibration measures
-_ROUNDS = 9
+_ROUNDS, _VISIT_S, _MOST_RUNS = 7, 0.2, 5
 NETWORK_INPUTS = ((1, 224, 224), (8, 224, 224), (1, 480, 800), (1, 800, 1344))
 NETWORK_RATES = (0.25, 0.5, 0.75)
 OTHER_MODES = (("layer", 0.5), ("channel", 0.6))
@@ -132,30 +132,17 @@ def validate_networks(
     progress: Progress = lambda i, n: None,
 ) -> list[NetworkResult]:
     """Measure ResNets, static, spatial at several rates and in other modes, and predict them."""
-    results = []
-    total = len(depths) * len(inputs)
-    for done, (depth, shape) in enumerate(itertools.product(depths, inputs)):
-        progress(done, total)
-        static = _backbone(depth, "static", (1, 1, 1, 1))
-        dynamic = _backbone(depth, "spatial", (4, 4, 2, 1))
-        contestants: list[tuple[LASResNet, float | None]] = [(static, None)]
-        contestants += [(dynamic, rate) for rate in rates]
-        contestants += [(_backbone(depth, mode, (4, 4, 2, 1)), rate) for mode, rate in others]
-        seconds, activations = _contest(contestants, shape)
-        for (backbone, rate), measured, activation in zip(contestants, seconds, activations):
-            results.append(
-                NetworkResult(
-                    depth,
-                    backbone.blocks()[0].mode,
-                    shape,
-                    rate,
-                    (4, 4, 2, 1),
-                    _predict(device, activation, shape[0]),
-                    measured,
-                )
-            )
-    progress(total, total)
-    return results
+    settings: list[tuple[str, float | None]] = [("static", None)]
+    settings += [*(("spatial", rate) for rate in rates), *others]
+    backbones = {
+        (depth, mode): _backbone(depth, mode, (4, 4, 2, 1))
+        for depth, (mode, _) in itertools.product(depths, settings)
+    }
+    entrants = [
+        Entrant(backbones[depth, mode], rate, shape)
+        for depth, shape, (mode, rate) in itertools.product(depths, inputs, settings)
+    ]
+    return _contest(device, entrants, progress)
 
 
 @dataclass(frozen=True)
@@ -188,14 +175,8 @@ def validate_search(
     found = search_granularity(device, network, rate=rate, batch_size=batch)
     chosen = found.chosen.granularity
     wanted = dict.fromkeys([chosen, *(s.granularity for s in found.settings[:2]), *settings])
-    contestants = [(_backbone(depth, "spatial", side), rate) for side in wanted]
-    seconds, activations = _contest(contestants, input_shape)
-    results = [
-        NetworkResult(
-            depth, "spatial", input_shape, rate, side, _predict(device, activation, batch), measured
-        )
-        for side, measured, activation in zip(wanted, seconds, activations)
-    ]
+    entrants = [Entrant(_backbone(depth, "spatial", side), rate, input_shape) for side in wanted]
+    results = _contest(device, entrants)
     results.sort(key=lambda result: result.measured_s)
     return SearchCheck(depth, input_shape, rate, chosen, results)
 
@@ -227,24 +208,62 @@ def _predict(device: CalibratedDevice, activation: NetworkActivation, batch: int
     ).latency_s
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """A backbone, the rate of the masks to force upon it (``None``: static) and its input."""
+
+    backbone: LASResNet
+    rate: float | None
+    input_shape: tuple[int, int, int]
+
+    def prepare(self) -> torch.Tensor:
+        """Force the masks; returns the input."""
+        batch, *hw = self.input_shape
+        shape = (batch, 3, *hw)
+        if self.rate is not None:
+            force_masks(self.backbone, shape, self.rate, "blob")
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+    def result(self, device: CalibratedDevice, seconds: Sequence[float]) -> NetworkResult:
+        """Of its runs; it has run last on its own input."""
+        activation = self.backbone.network_activation().detach()
+        return NetworkResult(
+            self.backbone.depth,
+            self.backbone.blocks()[0].mode,
+            self.input_shape,
+            self.rate,
+            tuple(stage[0] for stage in self.backbone.granularity),
+            _predict(device, activation, self.input_shape[0]),
+            statistics.median(seconds),
+        )
+
+
 def _contest(
-    contestants: Sequence[tuple[LASResNet, float | None]], input_shape: tuple[int, int, int]
-) -> tuple[list[float], list[NetworkActivation]]:
-    """Median seconds of each (backbone, rate of its masks), in turns, and its recorded rates."""
-    batch, height, width = input_shape
-    x = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-    seconds: list[list[float]] = [[] for _ in contestants]
-    activations = []
+    device: CalibratedDevice,
+    entrants: Sequence[Entrant],
+    progress: Progress = lambda i, n: None,
+) -> list[NetworkResult]:
+    """Run all in turns, round by round, so that each meets the same moods of the machine."""
+    seconds: list[list[float]] = [[] for _ in entrants]
+    total = (_ROUNDS + 1) * len(entrants)
     with torch.inference_mode():
-        for warm_up in (True, *[False] * _ROUNDS):
-            for (backbone, rate), record in zip(contestants, seconds):
-                if rate is not None:
-                    force_masks(backbone, (batch, 3, height, width), rate, "blob")
-                backbone(x)
+        for turn, (warm_up, (i, entrant)) in enumerate(
+            itertools.product([True, *[False] * _ROUNDS], enumerate(entrants))
+        ):
+            progress(turn, total)
+            x = entrant.prepare()
+            # Not counted: the memory that another network gave back has to be mapped again.
+            entrant.backbone(x)
+            visit: list[float] = []
+            while not visit or (sum(visit) < _VISIT_S and len(visit) < _MOST_RUNS):
                 start = time.perf_counter()
-                backbone(x)
-                record.append(time.perf_counter() - start)
-                if warm_up:
-                    record.clear()
-                    activations.append(backbone.network_activation().detach())
-    return [statistics.median(record) for record in seconds], activations
+                entrant.backbone(x)
+                visit.append(time.perf_counter() - start)
+            if not warm_up:
+                seconds[i].append(statistics.median(visit))
+        results = []
+        for entrant, record in zip(entrants, seconds):
+            entrant.backbone(entrant.prepare())
+            results.append(entrant.result(device, record))
+    progress(total, total)
+    return results

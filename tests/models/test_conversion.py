@@ -199,7 +199,11 @@ def resnet(**changes) -> dict:
             "1 of 382 weights .* missing, e.g. layer3.2.bn1.bias",
         ),
         (dict(layer3__2__extra=torch.zeros(1)), {}, "no place in the network"),
-        (dict(fc__bias=torch.full((1000,), torch.nan)), {}, "1 of .* NaN or infinity, e.g. fc.bias"),
+        (
+            dict(fc__bias=torch.full((1000,), torch.nan)),
+            {},
+            "1 of .* NaN .*, e.g. fc.bias",
+        ),
         (dict(layer1__0__masker_spatial__conv__weight=torch.zeros(4, 4, 1, 1)), {}, "4 logits"),
         ({}, dict(granularity=4), "has no maskers of positions"),
         ({}, dict(spec=spec_of("both")), "missing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from . import emulated
 from . import test_channel_ops as channels
 from . import test_excitation as excitation
 from .test_emulated_channels import check_drawn
-from .test_kernel_mutants import GEMM, POSITIONS, Mutant, expect_caught, machine_for, tolerances
+from .test_kernel_mutants import (
+    GEMM,
+    POSITIONS,
+    Mutant,
+    as_parameters,
+    expect_caught,
+    machine_for,
+    mutated,
+    tolerances,
+)
 
 __all__ = ["tolerances"]  # a fixture
 
@@ -288,13 +298,7 @@ def run(mutant, machine):
     check_drawn(mutant.test, machine, machine.dtype, 80, **how)
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        pytest.param(m, id=f"{m.kernel}: {m.mistake}", marks=[pytest.mark.slow] if i > 1 else [])
-        for i, m in enumerate(MUTANTS)
-    ],
-)
+@pytest.mark.parametrize("mutant", as_parameters(MUTANTS))
 def test_mutant_is_caught(mutant, tmp_path):
     expect_caught(mutant, tmp_path, run)
 
@@ -302,3 +306,8 @@ def test_mutant_is_caught(mutant, tmp_path):
 def test_parts_pass_with_the_real_kernels():
     mutant = next(m for m in MUTANTS if m.test is MEAN)
     check_parts(machine_for(mutant, emulated.OPS, emulated.ROOT / "build" / "emulator"))
+
+
+def test_all_mutants_differ_from_the_kernels():
+    for mutant in MUTANTS:
+        assert mutated(mutant) != mutated(replace(mutant, new=mutant.old))

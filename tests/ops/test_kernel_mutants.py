@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -377,22 +377,40 @@ def tolerances(monkeypatch):
     monkeypatch.setattr(cases.ops, "pack_conv", emulated.pack_conv)
 
 
+def mutated(mutant):
+    source = (emulated.OPS / "cuda" / mutant.file).read_text()
+    assert mutant.old in source, f"{mutant.file} does not say {mutant.old!r} any more"
+    return source.replace(mutant.old, mutant.new)
+
+
+def as_parameters(mutants):
+    """The first mistake of each kernel; the others, a compilation each, are slow tests."""
+    seen = set()
+    for mutant in mutants:
+        marks = [pytest.mark.slow] if mutant.kernel in seen else []
+        seen.add(mutant.kernel)
+        yield pytest.param(mutant, id=f"{mutant.kernel}: {mutant.mistake}", marks=marks)
+
+
 def expect_caught(mutant, tmp_path, run):
     """Compile the mutant and ``run(mutant, machine)`` the test that must fail."""
     shutil.copytree(emulated.OPS, tmp_path / "ops", ignore=shutil.ignore_patterns("*.cpp", "*.o"))
     path = tmp_path / "ops" / "cuda" / mutant.file
-    source = path.read_text()
-    assert mutant.old in source, f"{mutant.file} does not say {mutant.old!r} any more"
-    path.write_text(source.replace(mutant.old, mutant.new))
+    path.write_text(mutated(mutant))
     machine = machine_for(mutant, tmp_path / "ops", tmp_path)
     with pytest.raises(AssertionError, match=mutant.caught) as caught:
         run(mutant, machine)
     print(f"{mutant.kernel}: {mutant.mistake}: {str(caught.value).splitlines()[0][:200]}")
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.kernel}: {m.mistake}")
+@pytest.mark.parametrize("mutant", as_parameters(MUTANTS))
 def test_mutant_is_caught(mutant, tmp_path):
     expect_caught(mutant, tmp_path, run)
+
+
+def test_all_mutants_differ_from_the_kernels():
+    for mutant in MUTANTS:
+        assert mutated(mutant) != mutated(replace(mutant, new=mutant.old))
 
 
 @pytest.mark.parametrize("name", EXTRA)

@@ -249,6 +249,6 @@ def _check(
     damaged = [key for key in used if not torch.isfinite(found[key]).all()]
     if damaged:
         raise ValueError(
-            f"{len(damaged)} of {len(used)} weights contain NaN or infinity, e.g. {damaged[0]}: the "
-            "file is damaged, or its training diverged"
+            f"{len(damaged)} of {len(used)} weights contain NaN or infinity, e.g. {damaged[0]}: "
+            "the file is damaged, or its training diverged"
         )
