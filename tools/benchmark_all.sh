@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every measurement of docs/performance.md: one JSON file each in the given folder (15 minutes on 2
-# cores and the modes, which nobody has timed), then the table. Let nothing else run meanwhile.
+# Every measurement of docs/performance.md: one JSON file each in the given folder (20 minutes on 2
+# cores, of which the modes take 5), then the table. Let nothing else run meanwhile.
 #   tools/benchmark_all.sh [FOLDER] [NAME ...]     only these, e.g. 8x224 800_bf16
 #   tools/benchmark_all.sh FOLDER modes            only family x mode
 set -euo pipefail

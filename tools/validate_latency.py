@@ -4,13 +4,14 @@
 python tools/calibrate.py --device cpu
 python tools/validate_latency.py --device cpu --write docs/latency.md
 
-About 15 minutes on an idle machine. Prints tables; --write puts them between the markers of a
+About 20 minutes on an idle machine. Prints tables; --write puts them between the markers of a
 Markdown file, with a picture beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -122,6 +123,14 @@ def network_table(results: list[NetworkResult]) -> list[str]:
             f"| ResNet-{r.depth} | {'x'.join(map(str, r.input_shape))} | {rate} | "
             f"{1e3 * r.predicted_s:.1f} | {1e3 * r.measured_s:.1f} | {100 * r.error:+.1f} % |"
         )
+    errors = [100 * r.error for r in results]
+    middle = statistics.median(errors)
+    exact, around = (sum(abs(e - at) <= 7 for e in errors) for at in (0.0, middle))
+    lines += [
+        "",
+        f"{exact} of {len(errors)} within 7 %; median error {middle:+.1f} %, {around} within 7 % of "
+        "that: a machine that is busier than during its calibration shifts all of them.",
+    ]
     return lines
 
 
