@@ -128,8 +128,8 @@ def network_table(results: list[NetworkResult]) -> list[str]:
     exact, around = (sum(abs(e - at) <= 7 for e in errors) for at in (0.0, middle))
     lines += [
         "",
-        f"{exact} of {len(errors)} within 7 %; median error {middle:+.1f} %, {around} within 7 % of "
-        "that: a machine that is busier than during its calibration shifts all of them.",
+        f"{exact} of {len(errors)} within 7 %; median error {middle:+.1f} %, {around} within 7 % "
+        "of that: a machine that is busier than during its calibration shifts all of them.",
     ]
     return lines
 

@@ -213,17 +213,18 @@ def small_case(case: Case) -> Case:
     shape = case.block
     step = shape.channel_granularity * 16
     width = step if shape.groups == 1 else 2 * shape.width // shape.groups
-    widths = dict(
+    c_out = width * (shape.c_out // shape.width)
+    block = replace(
+        shape,
+        c_in=step if shape.downsample else c_out,
         width=width,
+        c_out=c_out,
+        h_in=2 * shape.stride,
+        w_in=2 * shape.stride,
         groups=min(shape.groups, 2),
-        c_in=step,
-        c_out=width * (shape.c_out // shape.width),
+        granularity=min(shape.granularity, 2),
         se_width=min(shape.se_width, 8),
     )
-    if not shape.downsample:
-        widths["c_in"] = widths["c_out"]
-    side = 2 * shape.stride
-    block = replace(shape, h_in=side, w_in=side, granularity=min(shape.granularity, 2), **widths)
     return replace(case, block=block, batch=1)
 
 

@@ -139,7 +139,7 @@ def validate_networks(
         for depth, (mode, _) in itertools.product(depths, settings)
     }
     entrants = [
-        Entrant(backbones[depth, mode], rate, shape)
+        Entrant(depth, backbones[depth, mode], rate, shape)
         for depth, shape, (mode, rate) in itertools.product(depths, inputs, settings)
     ]
     return _contest(device, entrants, progress)
@@ -175,7 +175,9 @@ def validate_search(
     found = search_granularity(device, network, rate=rate, batch_size=batch)
     chosen = found.chosen.granularity
     wanted = dict.fromkeys([chosen, *(s.granularity for s in found.settings[:2]), *settings])
-    entrants = [Entrant(_backbone(depth, "spatial", side), rate, input_shape) for side in wanted]
+    entrants = [
+        Entrant(depth, _backbone(depth, "spatial", side), rate, input_shape) for side in wanted
+    ]
     results = _contest(device, entrants)
     results.sort(key=lambda result: result.measured_s)
     return SearchCheck(depth, input_shape, rate, chosen, results)
@@ -212,6 +214,7 @@ def _predict(device: CalibratedDevice, activation: NetworkActivation, batch: int
 class Entrant:
     """A backbone, the rate of the masks to force upon it (``None``: static) and its input."""
 
+    depth: int
     backbone: LASResNet
     rate: float | None
     input_shape: tuple[int, int, int]
@@ -228,7 +231,7 @@ class Entrant:
         """Of its runs; it has run last on its own input."""
         activation = self.backbone.network_activation().detach()
         return NetworkResult(
-            self.backbone.depth,
+            self.depth,
             self.backbone.blocks()[0].mode,
             self.input_shape,
             self.rate,
