@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from las_mm.fileio import write_atomically
-from las_mm.latency.calibrate import CASES, DTYPES, VISITS, Settings, calibrate
-from las_mm.latency.calibrated import CalibratedDevice, calibration_path
+from las_mm.latency.calibrate import CASES, DTYPES, VISITS, Settings, calibrate, recorded_settings
+from las_mm.latency.calibrated import POOR, CalibratedDevice, calibration_path
 from las_mm.latency.device import MEASURED
 from las_mm.latency.fitting import FEWEST
 from las_mm.preflight import Parser, UserError
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="torch's threads (default: torch's own number)")
     add("--out", type=Path, help="device file to write (default: in ~/.cache/las_mm)")
     add("--name", help="of the device in tables (default: --device)")
-    add("--cases", type=int, default=CASES, help=f"blocks to measure (default: {CASES})")
+    add("--cases", type=int, default=CASES, help=f"blocks to measure, at least {FEWEST} ({CASES})")
     add("--visits", type=int, default=VISITS, help=f"times to come back to each ({VISITS})")
     add("--restart", action="store_true", help="forget an interrupted calibration")
     add("--refit", action="store_true", help="fit the last calibration's measurements anew")
@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> CalibratedDevice:
         raise UserError("--device cuda: torch sees no GPU here")
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = Settings(args.device, args.dtype, torch.get_num_threads(), args.cases, args.visits)
     out = args.out or calibration_path(args.device)
     record = out.with_name(f"{out.stem}.measurements.jsonl")
     measured = out.with_name(f"{out.stem}.measured.jsonl")
@@ -76,11 +75,20 @@ def run(args: argparse.Namespace) -> CalibratedDevice:
         if not measured.is_file():
             raise UserError(f"--refit: there are no measurements at {measured}")
         record = measured
+        try:
+            settings = recorded_settings(record)
+        except (ValueError, OSError) as error:
+            raise UserError(f"--refit: {error}") from error
+        torch.set_num_threads(settings.threads)
+    else:
+        threads = torch.get_num_threads()
+        settings = Settings(args.device, args.dtype, threads, args.cases, args.visits)
     console = Console()
     console.print(
-        f"Measuring {args.cases} blocks and some stems {args.visits} times "
-        f"({settings.threads} threads, {args.dtype}); let nothing else run meanwhile. "
-        f"Record: {record}",
+        f"{'Fitting' if args.refit else 'Measuring'} {settings.cases} blocks and some stems, "
+        f"{settings.visits} visits each ({settings.threads} threads, {settings.dtype})"
+        + (". " if args.refit else "; let nothing else run meanwhile. ")
+        + f"Record: {record}",
         highlight=False,
         soft_wrap=True,
     )
@@ -124,6 +132,14 @@ def run(args: argparse.Namespace) -> CalibratedDevice:
         f"within 10 %, rank correlation {accuracy['rank_correlation']:.4f}",
     )
     console.print(table)
+    if accuracy["rmspe"] > POOR:
+        console.print(
+            f"[bold]This is a poor fit[/bold]: predictions are off by "
+            f"{100 * accuracy['rmspe']:.0f} %. Calibrate again while nothing else runs, with the "
+            "default --cases and --visits.",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     return device
 

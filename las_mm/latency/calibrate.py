@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,20 @@ def measure(
                 )
             )
     return Observed(blocks, stems, probes)
+
+
+def recorded_settings(path: Path) -> Settings:
+    """What a record was measured with.
+
+    Raises:
+        ValueError: It is no record of a calibration.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            header = json.loads(file.readline())
+        return Settings(**{field.name: header[field.name] for field in fields(Settings)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a calibration; calibrate anew") from error
 
 
 def read_record(

@@ -24,6 +24,7 @@ from .shapes import BlockShape, ConvShape, NetworkShape, PoolShape
 
 FORMAT = 1
 _DIGITS = 7  # of numbers in a file; float32 has as many
+POOR = 0.25  # RMS error of unseen blocks from which on a calibration is not to be trusted
 _RECALIBRATE = "run tools/calibrate.py again"
 _warned: set[str] = set()
 
@@ -167,6 +168,21 @@ class CalibratedDevice:
         head = f"# Measured by tools/calibrate.py on {self.date}. Not to be edited.\n"
         return head + yaml.safe_dump(
             self.to_dict(), sort_keys=False, default_flow_style=None, width=2**16
+        )
+
+    def warn_if_poor(self, path: Path) -> None:
+        """Say once per file and process if it predicts badly by its own account."""
+        key = f"{path}, accuracy"
+        if self.accuracy["rmspe"] <= POOR or key in _warned:
+            return
+        _warned.add(key)
+        from mmengine.logging import print_log
+
+        print_log(
+            f"{path} predicts blocks only to {100 * self.accuracy['rmspe']:.0f} %; while nothing "
+            f"else runs, {_RECALIBRATE}",
+            logger="current",
+            level=logging.WARNING,
         )
 
     def warn_if_stale(self, here: Mapping[str, Any], path: Path) -> None:

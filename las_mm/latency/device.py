@@ -219,6 +219,7 @@ def _parse(path: Path) -> AnyDevice:
     if content.get("kind") == "calibrated":
         device = parse_calibrated(path, content)
         device.warn_if_stale(_here(), path)
+        device.warn_if_poor(path)
         return device
     unknown = [str(key) for key in content if key not in known]
     if unknown:

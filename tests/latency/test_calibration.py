@@ -187,6 +187,17 @@ def test_stale_calibration_warns_once(fitted, tmp_path, monkeypatch):
     assert "threads 77, here" in messages[0]
 
 
+def test_poor_calibration_warns_once(fitted, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("mmengine.logging.print_log", lambda text, **_: messages.append(text))
+    path = tmp_path / "mine.yaml"
+    path.write_text(replace(fitted, accuracy={**fitted.accuracy, "rmspe": 0.8}).to_yaml())
+    load_device(path)
+    load_device(path)
+    assert len(messages) == 1
+    assert "predicts blocks only to 80 %" in messages[0]
+
+
 def test_reports_add_up(fitted):
     network = resnet_shape(50, (256, 320))
     rates = np.linspace(0, 1, len(network.blocks))

@@ -161,9 +161,7 @@ def test_static_regnets(naming):
         weights = timm_regnet({k: v for k, v in renamed.items() if not k.startswith("fc.")})
         weights["head.fc.weight"], weights["head.fc.bias"] = torch.zeros(7, 440), torch.zeros(7)
     found = convert(weights)
-    assert found.backbone == dict(
-        type="las_mm.LASRegNet", arch="regnety_400mf", se_pool="all", mode="static"
-    )
+    assert found.backbone == dict(type="las_mm.LASRegNet", arch="regnety_400mf", mode="static")
     assert not found.unused and found.num_classes == (7 if naming == "timm" else 1000)
     assert LASRegNet("regnety_400mf", mode="static").load_state_dict(found.bare())
 
@@ -200,9 +198,14 @@ def resnet(**changes) -> dict:
         ),
         (dict(layer3__2__extra=torch.zeros(1)), {}, "no place in the network"),
         (
+            dict(layer2__0__bn1__running_var=torch.full((8,), -1.0)),
+            {},
+            "negative variance, e.g. layer2.0.bn1.running_var",
+        ),
+        (
             dict(fc__bias=torch.full((1000,), torch.nan)),
             {},
-            "1 of .* NaN .*, e.g. fc.bias",
+            "1 of .* NaN.*, e.g. fc.bias",
         ),
         (dict(layer1__0__masker_spatial__conv__weight=torch.zeros(4, 4, 1, 1)), {}, "4 logits"),
         ({}, dict(granularity=4), "has no maskers of positions"),

@@ -246,9 +246,14 @@ def _check(
             "network than the one recognised or specified"
         )
     used = [*names, *head]
-    damaged = [key for key in used if not torch.isfinite(found[key]).all()]
+    damaged = [
+        key
+        for key in used
+        if not torch.isfinite(found[key]).all()
+        or (key.endswith("running_var") and (found[key] < 0).any())
+    ]
     if damaged:
         raise ValueError(
-            f"{len(damaged)} of {len(used)} weights contain NaN or infinity, e.g. {damaged[0]}: "
-            "the file is damaged, or its training diverged"
+            f"{len(damaged)} of {len(used)} weights contain NaN, infinity or a "
+            f"negative variance, e.g. {damaged[0]}: the file is damaged, or its training diverged"
         )

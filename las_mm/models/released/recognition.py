@@ -41,7 +41,12 @@ def recognise(weights: dict[str, Tensor]) -> dict:
             f"got weights of shape {tuple(first.shape)}"
         )
     config = _resnet(weights, stages) if first.shape[2] == 7 else _regnet(weights, stages)
-    return {**config, **_settings(weights, stages)}
+    config = {**config, **_settings(weights, stages)}
+    if config["mode"] == "static":
+        # Without skipped positions both means are the same, and a network that starts dynamic
+        # from these weights has a sparse form with the default only.
+        config.pop("se_pool", None)
+    return config
 
 
 def _stages(weights: dict[str, Tensor]) -> list[int]:
