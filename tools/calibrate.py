@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--cases", type=int, default=CASES, help=f"blocks to measure, at least {FEWEST} ({CASES})")
     add("--visits", type=int, default=VISITS, help=f"times to come back to each ({VISITS})")
     add("--restart", action="store_true", help="forget an interrupted calibration")
-    add("--refit", action="store_true", help="fit the last calibration's measurements anew")
+    add("--refit", action="store_true", help="fit the last measurements anew, all of them")
     args = parser.parse_args(argv)
     for option in ("threads", "cases", "visits"):
         value = getattr(args, option)

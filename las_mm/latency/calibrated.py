@@ -172,18 +172,11 @@ class CalibratedDevice:
 
     def warn_if_poor(self, path: Path) -> None:
         """Say once per file and process if it predicts badly by its own account."""
-        key = f"{path}, accuracy"
-        if self.accuracy["rmspe"] <= POOR or key in _warned:
-            return
-        _warned.add(key)
-        from mmengine.logging import print_log
-
-        print_log(
-            f"{path} predicts blocks only to {100 * self.accuracy['rmspe']:.0f} %; while nothing "
-            f"else runs, {_RECALIBRATE}",
-            logger="current",
-            level=logging.WARNING,
-        )
+        if self.accuracy["rmspe"] > POOR:
+            _warn_once(
+                f"{path} predicts blocks only to {100 * self.accuracy['rmspe']:.0f} %; while "
+                f"nothing else runs, {_RECALIBRATE}"
+            )
 
     def warn_if_stale(self, here: Mapping[str, Any], path: Path) -> None:
         """Say once per file and process if it was measured on something else than ``here``."""
@@ -192,17 +185,20 @@ class CalibratedDevice:
             for key in ("processor", "isa", "threads", "las_mm")
             if key in here and self.machine.get(key) != here[key]
         ]
-        if not other or str(path) in _warned:
-            return
-        _warned.add(str(path))
-        from mmengine.logging import print_log
+        if other:
+            _warn_once(
+                f"{path} was measured with {'; '.join(other)}: its predictions hold for that. For "
+                f"this machine, {_RECALIBRATE}"
+            )
 
-        print_log(
-            f"{path} was measured with {'; '.join(other)}: its predictions hold for that. For "
-            f"this machine, {_RECALIBRATE}",
-            logger="current",
-            level=logging.WARNING,
-        )
+
+def _warn_once(text: str) -> None:
+    if text in _warned:
+        return
+    _warned.add(text)
+    from mmengine.logging import print_log
+
+    print_log(text, logger="current", level=logging.WARNING)
 
 
 def parse_calibrated(path: Path, content: Mapping[str, Any]) -> CalibratedDevice:

@@ -227,16 +227,20 @@ class Entrant:
             force_masks(self.backbone, shape, self.rate, "blob")
         return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
-    def result(self, device: CalibratedDevice, seconds: Sequence[float]) -> NetworkResult:
-        """Of its runs; it has run last on its own input."""
+    def predicted_s(self, device: CalibratedDevice) -> float:
+        """At the rates of the backbone's last run, which must have been this one's."""
         activation = self.backbone.network_activation().detach()
+        return _predict(device, activation, self.input_shape[0])
+
+    def result(self, predicted_s: float, seconds: Sequence[float]) -> NetworkResult:
+        """Beside its prediction, the median of its visits."""
         return NetworkResult(
             self.depth,
             self.backbone.blocks()[0].mode,
             self.input_shape,
             self.rate,
             tuple(stage[0] for stage in self.backbone.granularity),
-            _predict(device, activation, self.input_shape[0]),
+            predicted_s,
             statistics.median(seconds),
         )
 
@@ -248,6 +252,7 @@ def _contest(
 ) -> list[NetworkResult]:
     """Run all in turns, round by round, so that each meets the same moods of the machine."""
     seconds: list[list[float]] = [[] for _ in entrants]
+    predicted: list[float] = []
     total = (_ROUNDS + 1) * len(entrants)
     with torch.inference_mode():
         for turn, (warm_up, (i, entrant)) in enumerate(
@@ -257,16 +262,14 @@ def _contest(
             x = entrant.prepare()
             # Not counted: the memory that another network gave back has to be mapped again.
             entrant.backbone(x)
+            if warm_up:
+                predicted.append(entrant.predicted_s(device))
+                continue
             visit: list[float] = []
             while not visit or (sum(visit) < _VISIT_S and len(visit) < _MOST_RUNS):
                 start = time.perf_counter()
                 entrant.backbone(x)
                 visit.append(time.perf_counter() - start)
-            if not warm_up:
-                seconds[i].append(statistics.median(visit))
-        results = []
-        for entrant, record in zip(entrants, seconds):
-            entrant.backbone(entrant.prepare())
-            results.append(entrant.result(device, record))
+            seconds[i].append(statistics.median(visit))
     progress(total, total)
-    return results
+    return [e.result(at, record) for e, at, record in zip(entrants, predicted, seconds)]

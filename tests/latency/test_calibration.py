@@ -22,6 +22,7 @@ from las_mm.latency import (
     predict,
     resnet_shape,
     search_granularity,
+    validation,
 )
 from las_mm.latency.calibrate import Settings, measure, read_record
 from las_mm.latency.calibrated import CalibratedDevice, calibration_path
@@ -308,6 +309,23 @@ def test_small_cases_run_the_same_code():
         assert small.macs < 5e6
         with torch.inference_mode():
             BlockRunner(small, torch.float32, "cpu").run()
+
+
+def test_networks_and_searches_are_predicted_for_what_ran(fitted, monkeypatch):
+    monkeypatch.setattr(validation, "_ROUNDS", 1)
+    shape = (1, 64, 96)
+    static, sparse, full = validation.validate_networks(fitted, (50,), [shape], (0.25, 1.0), ())
+    assert (static.mode, static.rate, sparse.mode, sparse.rate) == ("static", None, "spatial", 0.25)
+    network = resnet_shape(50, shape[1:], mode="static")
+    report = network_report(fitted, network, 1.0, batch_size=1, per_image=False)
+    assert static.predicted_s == pytest.approx(report.latency_s)
+    assert sparse.predicted_s < full.predicted_s  # though the same backbone ran both
+    assert min(static.measured_s, sparse.measured_s, full.measured_s) > 0
+
+    found = validation.validate_search(fitted, 50, shape, settings=[(4, 4, 2, 1), (1, 1, 1, 1)])
+    assert {(4, 4, 2, 1), (1, 1, 1, 1), found.chosen} <= {r.granularity for r in found.results}
+    times = [r.measured_s for r in found.results]
+    assert times == sorted(times) and found.loss >= 0
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ from .test_kernel_mutants import (
     POSITIONS,
     Mutant,
     as_parameters,
+    expect_applicable,
     expect_caught,
     machine_for,
-    mutated,
     tolerances,
 )
 
@@ -308,6 +307,5 @@ def test_parts_pass_with_the_real_kernels():
     check_parts(machine_for(mutant, emulated.OPS, emulated.ROOT / "build" / "emulator"))
 
 
-def test_all_mutants_differ_from_the_kernels():
-    for mutant in MUTANTS:
-        assert mutated(mutant) != mutated(replace(mutant, new=mutant.old))
+def test_all_mistakes_can_still_be_made():
+    expect_applicable(MUTANTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -383,6 +383,12 @@ def mutated(mutant):
     return source.replace(mutant.old, mutant.new)
 
 
+def expect_applicable(mutants):
+    for mutant in mutants:
+        assert mutant.new != mutant.old
+        mutated(mutant)
+
+
 def as_parameters(mutants):
     """The first mistake of each kernel; the others, a compilation each, are slow tests."""
     seen = set()
@@ -408,9 +414,8 @@ def test_mutant_is_caught(mutant, tmp_path):
     expect_caught(mutant, tmp_path, run)
 
 
-def test_all_mutants_differ_from_the_kernels():
-    for mutant in MUTANTS:
-        assert mutated(mutant) != mutated(replace(mutant, new=mutant.old))
+def test_all_mistakes_can_still_be_made():
+    expect_applicable(MUTANTS)
 
 
 @pytest.mark.parametrize("name", EXTRA)

@@ -22,7 +22,8 @@ def recognise(weights: dict[str, Tensor]) -> dict:
     Depth or arch, width, the maskers of each block, G and the masker's layers and reduction follow
     from names and shapes. Positions and layers have the same masker: such blocks are called
     ``'spatial'`` and their S, which no shape tells, is left out. Where the channel mask sits and
-    what squeeze-and-excitation averages over is taken to be as in the authors' networks.
+    what the squeeze-and-excitation of a dynamic network averages over is taken to be as in the
+    authors' networks.
 
     Args:
         weights: Under our names, see :mod:`las_mm.models.released.names`.
@@ -41,11 +42,10 @@ def recognise(weights: dict[str, Tensor]) -> dict:
             f"got weights of shape {tuple(first.shape)}"
         )
     config = _resnet(weights, stages) if first.shape[2] == 7 else _regnet(weights, stages)
-    config = {**config, **_settings(weights, stages)}
-    if config["mode"] == "static":
-        # Without skipped positions both means are the same, and a network that starts dynamic
-        # from these weights has a sparse form with the default only.
-        config.pop("se_pool", None)
+    config |= _settings(weights, stages)
+    if "layer1.0.se.fc1.weight" in weights and config["mode"] != "static":
+        # Of a static network both means are the same: it may start one with the default.
+        config["se_pool"] = "all"
     return config
 
 
@@ -107,8 +107,7 @@ def _regnet(weights: dict[str, Tensor], stages: list[int]) -> dict:
     letter = "y" if "layer1.0.se.fc1.weight" in weights else "x"
     for name in ARCHS:
         if name.startswith(letter) and regnet_stages(name) == found:
-            config = dict(type="las_mm.LASRegNet", arch=f"regnet{name}")
-            return {**config, "se_pool": "all"} if letter == "y" else config
+            return dict(type="las_mm.LASRegNet", arch=f"regnet{name}")
     shown = ", ".join(f"{blocks} x {width} (groups of {group})" for blocks, width, group in found)
     raise ValueError(
         f"no RegNet{letter.upper()} that is known has stages of {shown}; known: "
