@@ -7,9 +7,11 @@
 #include <torch/library.h>
 
 #include <deque>
+#include <numeric>
 #include <optional>
 #include <utility>
 
+#include "cpu/image_groups.h"
 #include "cpu/select_channels.h"
 
 namespace las_mm::cpu {
@@ -25,14 +27,8 @@ constexpr int64_t kTogetherRows = 512;  // outputs of images that run in step; 2
 // lies in the cache. Only small maps need it; larger ones would no longer fit there themselves.
 int64_t images_together(const Arguments& a, const Shape& s, const at::Tensor& patches) {
   if (a.groups > 1 || a.excitation) return 1;
-  int64_t kept = s.images * s.out_height * s.out_width;
-  if (patches.defined()) {
-    const MaskGeometry g(s.hidden_height, s.hidden_width, a.strides[1], a.dilation, a.granularity);
-    kept = 0;
-    for (int64_t n = 0; n < s.images; ++n) {
-      kept += count_outputs(g, patches.const_data_ptr<bool>() + n * patches.stride(0));
-    }
-  }
+  const std::vector<int64_t> outputs = outputs_of_images(a, s, patches);
+  const int64_t kept = std::accumulate(outputs.begin(), outputs.end(), int64_t{0});
   const int64_t most = std::min(kTogetherRows * s.images / std::max<int64_t>(kept, 1),
                                 ceil_div(s.images, free_threads()));
   return std::max<int64_t>(most, 1);

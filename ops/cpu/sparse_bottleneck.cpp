@@ -4,11 +4,13 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <numeric>
 #include <optional>
 #include <utility>
 
 #include "common/checks.h"
 #include "cpu/bottleneck.h"
+#include "cpu/image_groups.h"
 
 namespace las_mm::cpu {
 namespace {
@@ -60,12 +62,9 @@ at::Tensor run_dense(const at::Tensor& x, const Arguments& a, const Shape& s,
 bool prefers_dense(const Arguments& a, const Shape& s, const at::Tensor& patches) {
   if (!a.dense) return false;
   if (!patches.defined()) return 1.0 > a.dense_above;
-  const MaskGeometry g(s.hidden_height, s.hidden_width, a.strides[1], a.dilation, a.granularity);
-  int64_t kept = 0;
-  for (int64_t n = 0; n < s.images; ++n) {
-    kept += count_outputs(g, patches.const_data_ptr<bool>() + n * patches.stride(0));
-  }
-  return kept > a.dense_above * static_cast<double>(s.images * s.out_height * s.out_width);
+  const std::vector<int64_t> kept = outputs_of_images(a, s, patches);
+  return std::accumulate(kept.begin(), kept.end(), int64_t{0}) >
+         a.dense_above * static_cast<double>(s.images * s.out_height * s.out_width);
 }
 
 template <typename T>
@@ -73,12 +72,27 @@ void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const a
                 const at::Tensor& out) {
   const at::Tensor shortcut =
       a.shortcut ? a.shortcut->contiguous(at::MemoryFormat::ChannelsLast) : at::Tensor();
-  Bottleneck<T> block(a, s, values(x, T{}), a.shortcut ? values(shortcut, T{}) : nullptr,
-                      a.shortcut ? shortcut.size(1) : 0,
-                      patches.defined() ? patches.const_data_ptr<bool>() : nullptr,
-                      mutable_values(out, T{}));
-  block.plan();
-  block.run({all_channels<T>(a, s, block.use_tiles())});
+  const int64_t shortcut_channels = a.shortcut ? shortcut.size(1) : 0;
+  const int64_t outputs = s.out_height * s.out_width;
+  const auto run = [&](int64_t n, int64_t images) {
+    Shape part = s;
+    part.images = images;
+    Bottleneck<T> block(
+        a, part, values(x, T{}) + n * s.height * s.width * s.c_in,
+        a.shortcut ? values(shortcut, T{}) + n * outputs * shortcut_channels : nullptr,
+        shortcut_channels,
+        patches.defined() ? patches.const_data_ptr<bool>() + n * patches.stride(0) : nullptr,
+        mutable_values(out, T{}) + n * outputs * s.c_out);
+    block.plan();
+    block.run({all_channels<T>(a, part, block.use_tiles())});
+  };
+  const std::vector<int64_t> groups =
+      share_images(outputs_of_images(a, s, patches), free_threads());
+  const auto tasks = static_cast<int64_t>(groups.size()) - 1;
+  if (tasks == 1) return run(0, s.images);  // the threads share its parts
+  parallel_tasks(tasks, [&](int64_t task) {
+    run(groups[task], groups[task + 1] - groups[task]);
+  });
 }
 
 void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const at::Tensor& patches,
