@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,22 @@ class DynamicBlock(nn.Module):
                 settings.channel_masker_layers,
                 settings.channel_reduction,
             )
-        self.activation: Activation | None = None
+        self._activation: Activation | Callable[[], Activation] | None = None
         self.no_fast_form: str | None = None
         self._fast: sparse.FastBottleneck | None = None
         self._snapshot: Snapshot | None = None
         self._made_for: tuple | None = None
+
+    @property
+    def activation(self) -> Activation | None:
+        """What the last forward pass did, ``None`` before the first."""
+        if callable(self._activation):
+            self._activation = self._activation()
+        return self._activation
+
+    @activation.setter
+    def activation(self, value: Activation | Callable[[], Activation] | None) -> None:
+        self._activation = value
 
     def maskers(self) -> list[SpatialMasker | ChannelMasker]:
         """The maskers that the block has."""

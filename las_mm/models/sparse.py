@@ -8,9 +8,10 @@ does the work ahead of the first image. Nothing of the training form changes: pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -319,7 +320,18 @@ class FastBottleneck:
         assert self.masker_channel is not None
         groups = self.masker_channel(x)
         if not torch.compiler.is_exporting():
-            self._record_channels(block, x, mask, rate, rate_dilated, groups)
+            record = partial(
+                _channel_activation,
+                Activation(rate, rate_dilated, self.one, mask, groups),
+                tuple(x.shape[2:]),
+                block.granularity,
+                self.strides,
+                self.dilation,
+                self.groups,
+                block.channel_granularity,
+            )
+            # Ten small operations that nobody may ask for.
+            block.activation = record() if torch.compiler.is_compiling() else record
         granularity = 1 if mask is None else block.granularity
         cost = self.choice.winograd_cost
         tensors = (mask, groups.bool(), self.weights, self.biases, self.constants, winograd)
@@ -330,30 +342,35 @@ class FastBottleneck:
         geometry = (granularity, self.strides, self.dilation, self.groups)
         return ops.channel_bottleneck(x, *tensors, shortcut, *geometry, cost, self.excitation)
 
-    def _record_channels(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        mask: Tensor | None,
-        rate: Tensor,
-        rate_dilated: Tensor,
-        groups: Tensor,
-    ) -> None:
-        """Leave the activation; rates are means over the images, the shares of work need each."""
-        rates, dilated = rate.expand(len(x)), rate_dilated.expand(len(x))
-        if mask is not None and len(x) > 1:
-            size = [-(-n // self.strides[0]) for n in x.shape[2:]]
-            _, counts = ops.dilate_mask(
-                mask, block.granularity, size, self.strides[1], self.dilation
-            )
-            outputs = [-(-n // self.strides[1]) for n in size]
-            areas = counts.new_tensor([math.prod(outputs), math.prod(size)])
-            rates, dilated = (counts / areas).unbind(1)
-        channels = groups
-        if self.groups > 1:
-            channels = groups.repeat_interleave(block.channel_granularity, dim=1)
-        shares = work_shares(rates, dilated, channels, self.groups)
-        block.activation = Activation(rate, rate_dilated, groups.mean(), mask, groups, shares)
+
+def _channel_activation(
+    known: Activation,
+    input_hw: tuple[int, int],
+    granularity: int,
+    strides: Sequence[int],
+    dilation: int,
+    groups: int,
+    channel_granularity: int,
+) -> Activation:
+    """``known`` with what follows from its masks.
+
+    Rates are means over the images; the shares of work need those of each.
+    """
+    mask, decisions = known.mask, known.mask_channel
+    assert decisions is not None
+    images = len(decisions)
+    rates, dilated = known.rate.expand(images), known.rate_dilated.expand(images)
+    if mask is not None and images > 1:
+        size = [-(-n // strides[0]) for n in input_hw]
+        _, counts = ops.dilate_mask(mask, granularity, size, strides[1], dilation)
+        outputs = [-(-n // strides[1]) for n in size]
+        areas = counts.new_tensor([math.prod(outputs), math.prod(size)])
+        rates, dilated = (counts / areas).unbind(1)
+    channels = decisions
+    if groups > 1:
+        channels = decisions.repeat_interleave(channel_granularity, dim=1)
+    shares = work_shares(rates, dilated, channels, groups)
+    return replace(known, rate_channel=decisions.mean(), shares=shares)
 
 
 def _excitation_of(block: nn.Module) -> list[Tensor] | None:
