@@ -149,6 +149,8 @@ class FastBottleneck:
     constants: list[Tensor] | None  # what skipped channels hold; None: zero
     choice: Choice  # the last one made; torch.compile and torch.export keep it
     excitation: list[Tensor] | None = None  # weights and biases of squeeze-and-excitation
+    # Weights and biases of masker_channel where one op does its work, not copied.
+    channel_layers: tuple[list[Tensor], list[Tensor]] | None = None
 
     @classmethod
     def of(cls, block: nn.Module) -> FastBottleneck:
@@ -205,6 +207,7 @@ class FastBottleneck:
             constants=constants,
             choice=Choice(winograd=winograd is not None),
             excitation=excitation,
+            channel_layers=_layers_of(block.masker_channel),
         )
 
     def kind(self, x: Tensor) -> BlockKind:
@@ -318,7 +321,10 @@ class FastBottleneck:
     ) -> Tensor:
         """``__call__`` of a block that decides about channels, after what it decides elsewhere."""
         assert self.masker_channel is not None
-        groups = self.masker_channel(x)
+        if self.channel_layers is None:
+            groups = self.masker_channel(x)
+        else:
+            groups = ops.channel_mask(x, *self.channel_layers, self.masker_channel.offset)
         if not torch.compiler.is_exporting():
             record = partial(
                 _channel_activation,
@@ -356,8 +362,9 @@ def _channel_activation(
 
     Rates are means over the images; the shares of work need those of each.
     """
-    mask, decisions = known.mask, known.mask_channel
-    assert decisions is not None
+    mask = known.mask
+    assert known.mask_channel is not None
+    decisions = known.mask_channel.float()
     images = len(decisions)
     rates, dilated = known.rate.expand(images), known.rate_dilated.expand(images)
     if mask is not None and images > 1:
@@ -370,7 +377,21 @@ def _channel_activation(
     if groups > 1:
         channels = decisions.repeat_interleave(channel_granularity, dim=1)
     shares = work_shares(rates, dilated, channels, groups)
-    return replace(known, rate_channel=decisions.mean(), shares=shares)
+    return replace(known, rate_channel=decisions.mean(), mask_channel=decisions, shares=shares)
+
+
+def _layers_of(masker: nn.Module | None) -> tuple[list[Tensor], list[Tensor]] | None:
+    """What ``ops.channel_mask`` takes of a channel masker; ``None`` where it cannot do its work.
+
+    In bfloat16 the masker rounds between its layers, which the op does not.
+    """
+    if masker is None or masker.kind != "mlp":
+        return None
+    layers = [module for module in masker.modules() if isinstance(module, nn.Linear)]
+    weights = [layer.weight for layer in layers]
+    if weights[0].dtype != torch.float32 or not ops.has_channel_mask(weights[0].device.type):
+        return None
+    return weights, [layer.bias for layer in layers]
 
 
 def _excitation_of(block: nn.Module) -> list[Tensor] | None:

@@ -15,7 +15,7 @@ is not checked for NaN, which would mean waiting for the GPU: NaN drops the patc
 import torch
 
 from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
-from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mean
+from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mask, channel_mean
 from las_mm.ops.convolution import (
     conv1x1_scatter_add_,
     gather_conv3x3,
@@ -30,6 +30,7 @@ __all__ = [
     "LAYER",
     "channel_bottleneck",
     "channel_bottleneck_",
+    "channel_mask",
     "channel_mean",
     "conv1x1_scatter_add_",
     "conv_pool_stem",
@@ -37,6 +38,7 @@ __all__ = [
     "dilate_mask",
     "gather_conv3x3",
     "has_channel_kernels",
+    "has_channel_mask",
     "has_excitation",
     "has_kernels",
     "has_stem_kernel",
@@ -69,6 +71,7 @@ def _devices_with(name: str) -> frozenset[str]:
 
 _SPARSE_OPS = _devices_with("sparse_bottleneck")
 _CHANNELS = _devices_with("channel_bottleneck")
+_CHANNEL_MASK = _devices_with("channel_mask")
 _EXCITATION = _devices_with("channel_mean")  # built with the kernels of channels
 _STEM = _devices_with("conv_pool_stem")
 _WINOGRAD = frozenset({"cpu"})
@@ -82,6 +85,11 @@ def has_kernels(device_type: str) -> bool:
 def has_channel_kernels(device_type: str) -> bool:
     """Whether native kernels of ``channel_bottleneck`` exist there."""
     return device_type in _CHANNELS
+
+
+def has_channel_mask(device_type: str) -> bool:
+    """Whether ``channel_mask`` has a native kernel there."""
+    return device_type in _CHANNEL_MASK
 
 
 def has_stem_kernel(device_type: str) -> bool:

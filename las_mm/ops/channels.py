@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from las_mm.ops import bottleneck
 from las_mm.ops.convolution import convolve, empty_map, expand
 from las_mm.ops.library import LIBRARY
-from las_mm.ops.masks import MASK_DTYPES, check_map, check_vector
+from las_mm.ops.masks import MASK_DTYPES, check_kind, check_map, check_vector
 
 _SCHEMA = (
     "Tensor? mask, Tensor channel_mask, Tensor[] weights, Tensor[] biases, Tensor[]? constants, "
@@ -257,3 +258,92 @@ def channel_mean(x: Tensor) -> Tensor:
         ValueError: A wrong shape or dtype.
     """
     return torch.ops.las_mm.channel_mean(x)
+
+
+# channel_mask ------------------------------------------------------------------------------------
+
+
+def _channel_mask_check(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], offset: Tensor | None
+) -> int:
+    """Raise ValueError as ops/common/arguments.cpp does; return the number of decisions."""
+    check_map(x, "x")
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"weights and biases must be those of the same linear layers, got {len(weights)} and "
+            f"{len(biases)}"
+        )
+    width = x.shape[1]
+    for i, (weight, bias) in enumerate(zip(weights, biases)):
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(
+                f"weights[{i}] must have shape (out, {width}), got {list(weight.shape)}"
+            )
+        check_kind(weight, f"weights[{i}]", torch.float32, x)
+        width = weight.shape[0]
+        check_vector(bias, f"biases[{i}]", width, torch.float32, x)
+    if width == 0 or width % 2:
+        raise ValueError(f"weights must end in two logits per decision, got {width}")
+    if offset is not None:
+        fits = offset.dim() == 2 and offset.shape[0] in (1, x.shape[0])
+        if not fits or offset.shape[1] != width // 2:
+            raise ValueError(
+                f"offset must have shape (1 or {x.shape[0]}, {width // 2}), got "
+                f"{list(offset.shape)}"
+            )
+        check_kind(offset, "offset", torch.float32, x)
+    return width // 2
+
+
+def _channel_mask_reference(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], offset: Tensor | None
+) -> Tensor:
+    decisions = _channel_mask_check(x, weights, biases, offset)
+    out = x.float().mean((2, 3))
+    for i, (weight, bias) in enumerate(zip(weights, biases)):
+        out = F.linear(out if i == 0 else out.relu(), weight, bias)
+    keep, skip = out.unflatten(1, (2, decisions)).unbind(1)
+    keep = keep - skip
+    return (keep if offset is None else keep + offset) >= 0
+
+
+def _channel_mask_fake(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], offset: Tensor | None
+) -> Tensor:
+    decisions = _channel_mask_check(x, weights, biases, offset)
+    return x.new_empty((x.shape[0], decisions), dtype=torch.bool)
+
+
+LIBRARY.define(
+    "channel_mask(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? offset) -> Tensor"
+)
+LIBRARY.impl("channel_mask", _channel_mask_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("las_mm::channel_mask", _channel_mask_fake, lib=LIBRARY)
+
+
+def channel_mask(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Decide per group of channels, as ``ChannelMasker('mlp')`` does in eval mode.
+
+    Global average pool, linear layers with ReLU between them, and a group is kept where logit 0 >=
+    logit 1. LAUDNet (arXiv 2308.15949), section 3.2. This op has no gradient.
+
+    Args:
+        x: Block input, (N, C, H, W), float32 or bfloat16.
+        weights: Of the linear layers, float32, (out, in) each; the last has 2 * groups outputs,
+            first all "keep" logits, then all "skip" logits.
+        biases: Of the linear layers, float32, (out,) each.
+        offset: Added to the difference of the logits, float32, (N or 1, groups); an infinite
+            value forces the decision.
+
+    Returns:
+        The mask, bool, (N, groups).
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; the message names the argument.
+    """
+    return torch.ops.las_mm.channel_mask(x, weights, biases, offset)

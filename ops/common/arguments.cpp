@@ -30,6 +30,34 @@ void check_masker(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
                     offset->device());
 }
 
+int64_t check_channel_masker(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                             const std::vector<at::Tensor>& biases,
+                             const std::optional<at::Tensor>& offset) {
+  check_map(x, "x");
+  TORCH_CHECK_VALUE(!weights.empty() && weights.size() == biases.size(),
+                    "weights and biases must be those of the same linear layers, got ",
+                    weights.size(), " and ", biases.size());
+  int64_t width = x.size(1);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::string name = "weights[" + std::to_string(i) + "]";
+    TORCH_CHECK_VALUE(weights[i].dim() == 2 && weights[i].size(1) == width, name,
+                      " must have shape (out, ", width, "), got ", weights[i].sizes());
+    check_vector(weights[i].reshape(-1), name, weights[i].numel(), at::kFloat, x);
+    width = weights[i].size(0);
+    check_vector(biases[i], "biases[" + std::to_string(i) + "]", width, at::kFloat, x);
+  }
+  TORCH_CHECK_VALUE(width > 0 && width % 2 == 0,
+                    "weights must end in two logits per decision, got ", width);
+  if (offset) {
+    TORCH_CHECK_VALUE(offset->dim() == 2 && (offset->size(0) == 1 || offset->size(0) == x.size(0)) &&
+                          offset->size(1) == width / 2,
+                      "offset must have shape (1 or ", x.size(0), ", ", width / 2, "), got ",
+                      offset->sizes());
+    check_vector(offset->reshape(-1), "offset", offset->numel(), at::kFloat, x);
+  }
+  return width / 2;
+}
+
 void check_masker_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   check_map(x, "x");
   check_vector(bias, "bias", bias.numel(), at::kFloat, x);
