@@ -32,6 +32,7 @@ REFERENCES = {
     "sparse_bottleneck_": bottleneck._reference_,
     "channel_bottleneck": channels._reference,
     "channel_bottleneck_": channels._reference_,
+    "channel_mask": channels._channel_mask_reference,
     "channel_mean": channels._channel_mean_reference,
     "masker_conv1x1": convolution._masker_conv1x1_reference,
     "gather_conv3x3": convolution._gather_conv3x3_reference,

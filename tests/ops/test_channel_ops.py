@@ -201,6 +201,79 @@ def test_channel_mean_in_parts_whatever_the_threads(dtype):
     torch.testing.assert_close(results[0], x.float().mean((2, 3)))
 
 
+@dataclass(frozen=True)
+class ChannelMasker:
+    """Drawn linear layers after a global mean; ``shift``: images of the offset, 0: none."""
+
+    block: cases.Block
+    hidden: tuple[int, ...]
+    groups: int
+    shift: int
+
+    @cached_property
+    def arguments(self):
+        generator = torch.Generator().manual_seed(self.block.seed)
+        widths = (self.block.channels[0], *self.hidden, 2 * self.groups)
+        weights = [
+            cases.make_kernel(generator, o, i, 1, torch.float32)[..., 0, 0]
+            for i, o in zip(widths, widths[1:])
+        ]
+        biases = [cases.make_bias(generator, o) for o in widths[1:]]
+        offset = None
+        if self.shift:
+            images = self.block.images if self.shift > 1 else 1
+            offset = torch.randn(images, self.groups, generator=generator)
+            offset[:, ::5], offset[:, 1::5] = math.inf, -math.inf
+        if self.block.strided_parameters:
+            weights = [weight.t().contiguous().t() for weight in weights]
+            biases = [cases.strided(bias) for bias in biases]
+        return weights, biases, offset
+
+    def keep(self, x):
+        """The difference of the logits plus the offset, in float64."""
+        weights, biases, offset = self.arguments
+        out = x.double().mean((2, 3))
+        for i, (weight, bias) in enumerate(zip(weights, biases)):
+            out = (out.relu() if i else out) @ weight.double().t() + bias.double()
+        out = out[:, : self.groups] - out[:, self.groups :]
+        return out if offset is None else out + offset.double()
+
+
+CHANNEL_MASKERS = st.builds(
+    ChannelMasker,
+    cases.blocks(),
+    st.sampled_from([(), (1,), (7,), (64,), (130,), (12, 20)]),
+    st.sampled_from([1, 2, 16, 33, 160]),
+    st.integers(0, 2),
+)
+
+
+@for_all(CHANNEL_MASKERS, 200, "channel_mask")
+def test_channel_mask(call, case):
+    x = replace(case.block, poison=False).x
+    weights, biases, offset = case.arguments
+    untouched = Untouched(x, *weights, *biases, offset)
+    with cases.threads(case.block.threads):
+        actual = call("channel_mask", x, weights, biases, offset)
+    untouched.check()
+    assert actual.dtype == torch.bool and actual.shape == (case.block.images, case.groups)
+    keep = case.keep(x)
+    clear = keep.abs() > 1e-4  # float32 may see a difference near zero on the other side
+    assert torch.equal(actual[clear], keep[clear] >= 0)
+
+
+@cases.implementations("channel_mask")
+def test_channel_mask_of_ties_and_nan(implementation):
+    """Equal logits keep; an image with NaN keeps nothing, whatever the offset."""
+    x = torch.ones(2, 8, 3, 3)
+    x[1, 0, 0, 0] = math.nan
+    weights, biases = [torch.ones(4, 8), torch.ones(6, 4)], [torch.zeros(4), torch.zeros(6)]
+    call = cases.implementation_of(implementation)
+    for offset in (None, torch.tensor([[0.0, math.inf, 1.0]])):
+        mask = call("channel_mask", x, weights, biases, offset)
+        assert mask.tolist() == [[True] * 3, [False] * 3]
+
+
 BLOCK = cases.Block(2, (7, 9), (16, 24, 16), winograd="both")
 CASE = ChannelBlock(BLOCK, 2, ("0.6", "0.4"), True)
 
@@ -215,7 +288,7 @@ def test_public_functions():
     assert_close(x, expected, scale, torch.float32)
 
 
-@cases.implementations("channel_bottleneck", "channel_bottleneck_", "channel_mean")
+@cases.implementations("channel_bottleneck", "channel_bottleneck_", "channel_mean", "channel_mask")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_images(implementation, dtype):
     call = cases.implementation_of(implementation)
@@ -223,6 +296,8 @@ def test_no_images(implementation, dtype):
     assert call("channel_bottleneck", case.block.x, *case.arguments).shape == (0, 8, 5, 6)
     call("channel_bottleneck_", case.block.x, *case.arguments)
     assert call("channel_mean", case.block.x).shape == (0, 8)
+    layers = [torch.ones(6, 8)], [torch.zeros(6)]
+    assert call("channel_mask", case.block.x, *layers, None).shape == (0, 3)
 
 
 @cases.implementations("channel_bottleneck", "channel_bottleneck_")
@@ -274,6 +349,8 @@ def test_opcheck(name):
     torch.library.opcheck(library.channel_bottleneck.default, (case.block.x, *case.arguments))
     torch.library.opcheck(library.channel_bottleneck_.default, (case.block.x, *case.arguments))
     torch.library.opcheck(library.channel_mean.default, (case.block.x,))
+    layers = [torch.randn(5, 16), torch.randn(8, 5)], [torch.randn(5), torch.randn(8)]
+    torch.library.opcheck(library.channel_mask.default, (case.block.x, *layers, torch.randn(1, 4)))
 
 
 def test_opcheck_downsampled():

@@ -103,6 +103,15 @@ def conv_pool_stem():
     )
 
 
+def channel_mask():
+    return dict(
+        x=torch.randn(2, 8, 7, 9),
+        weights=[torch.randn(5, 8), torch.randn(6, 5)],
+        biases=[torch.zeros(5), torch.zeros(6)],
+        offset=torch.zeros(2, 3),
+    )
+
+
 # What goes wrong ---------------------------------------------------------------------------------
 
 
@@ -404,6 +413,41 @@ def unfused_rows():
         *rows(t, "x", [(one_channel_less, "weight must be packed"), (as_bfloat16, "weight must")]),
         *rows(t, "weight", PACKED),
         *rows(t, "bias", BIAS),
+    ]
+    k = channel_mask
+    table["channel_mask"] = [
+        *rows(k, "x", MAP),
+        *rows(k, "x", [(one_channel_less, r"weights\[0\] must have shape \(out, 7\)")]),
+        *rows(
+            k,
+            "weights",
+            [
+                (put([]), "weights and biases must be those of the same linear layers"),
+                (lambda w: w[:1], "weights and biases must be those of the same linear layers"),
+                (item(0, no_batch), r"weights\[0\] must have shape \(out, 8\)"),
+                (item(1, lambda w: w[:, 1:]), r"weights\[1\] must have shape \(out, 5\)"),
+                (item(1, double), r"weights\[1\] must be (torch.float32|Float)"),
+                (item(1, lambda w: w[1:]), r"biases\[1\] must have shape \[5\]"),
+            ],
+        ),
+        *rows(
+            k,
+            "biases",
+            [
+                (item(0, shorter), r"biases\[0\] must have shape \[5\]"),
+                (item(1, as_bfloat16), r"biases\[1\] must be (torch.float32|Float)"),
+            ],
+        ),
+        *rows(
+            k,
+            "offset",
+            [
+                (no_batch, r"offset must have shape \(1 or 2, 3\)"),
+                (put(torch.zeros(3, 3)), r"offset must have shape \(1 or 2, 3\)"),
+                (put(torch.zeros(1, 4)), r"offset must have shape \(1 or 2, 3\)"),
+                (double, "offset must be (torch.float32|Float)"),
+            ],
+        ),
     ]
     return table
 

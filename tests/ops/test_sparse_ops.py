@@ -98,6 +98,36 @@ def test_bottleneck_beyond_one_tile(call, block):
     check_bottleneck(call, block)
 
 
+@st.composite
+def batches(draw):
+    """Blocks with enough images for each thread to compute its own ones."""
+    block = draw(cases.blocks())
+    size = draw(st.sampled_from([(24, 17), (12, 13), (5, 6)]))
+    return replace(block, images=draw(st.integers(4, 9)), size=size)
+
+
+@for_all(batches(), 100, "sparse_bottleneck")
+def test_bottleneck_of_many_images(call, block):
+    check_bottleneck(call, block)
+
+
+@cases.needs_native("sparse_bottleneck")
+@pytest.mark.parametrize("images", [2, 4, 7, 8])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_images_do_not_depend_on_their_batch(images, uneven):
+    """Whether threads take whole images, groups of them or parts of all, nothing changes."""
+    block = cases.Block(images, (16, 18), (24, 16, 24), 4, winograd="only")
+    x, (mask, *rest) = block.x, block.arguments
+    if uneven:
+        mask = mask.clone()
+        mask[1:] = False
+    apart = [ops.sparse_bottleneck(x[[n]], mask[[n]], *rest[:3]) for n in range(images)]
+    for threads in (1, 2, 3):
+        with cases.threads(threads):
+            together = ops.sparse_bottleneck(x, mask, *rest[:3])
+        assert torch.equal(together, torch.cat(apart))
+
+
 @cases.implementations("sparse_bottleneck", "sparse_bottleneck_")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_images(implementation, dtype):
