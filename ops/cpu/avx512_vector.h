@@ -40,6 +40,7 @@ struct Avx512 {
   }
   static inline Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static inline Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static inline Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static inline Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static inline Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static inline float sum(Reg r) { return _mm512_reduce_add_ps(r); }

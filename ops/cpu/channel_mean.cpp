@@ -26,12 +26,13 @@ void mean(const T* x, int64_t images, int64_t channels, int64_t positions, float
     const int64_t first = task % parts * rows, last = std::min(first + rows, positions);
     float* sum = sums + task * channels;
     std::fill_n(sum, channels, 0.0f);
-    sum_kernel(T{})(x + (task / parts * positions + first) * channels, last - first, channels, sum);
+    sum_kernel(T{})(x + (task / parts * positions + first) * channels, last - first, channels,
+                    channels, sum);
   });
   for (int64_t n = 0; n < images; ++n) {
     float* total = out + n * channels;
     std::fill_n(total, channels, 0.0f);
-    sum_kernel(float{})(sums + n * parts * channels, parts, channels, total);
+    sum_kernel(float{})(sums + n * parts * channels, parts, channels, channels, total);
     for (int64_t c = 0; c < channels; ++c) total[c] /= static_cast<float>(positions);
   }
 }

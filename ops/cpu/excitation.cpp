@@ -4,51 +4,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "cpu/kernels.h"
 #include "cpu/sparse_conv.h"
 
 namespace las_mm::cpu {
+
 namespace {
-
 constexpr int64_t kBlock = 64;  // channels that are summed together
-
-inline float load(float value) { return value; }
-inline float load(bf16 value) {
-  const uint32_t bits = uint32_t{value.bits} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-inline void store(float* to, float value) { *to = value; }
-inline void store(bf16* to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (std::isnan(value)) {
-    to->bits = static_cast<uint16_t>(bits >> 16 | 0x40);
-  } else {
-    to->bits = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-}
-
-// Mean over `count` rows of up to kBlock channels.
-template <typename T>
-void mean_rows(const T* rows, int64_t count, int64_t stride, int64_t channels, float* mean) {
-  float sums[kBlock] = {};
-  if (channels == kBlock) {  // a constant number of steps is vectorised
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < kBlock; ++c) sums[c] += load(rows[i * stride + c]);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < channels; ++c) sums[c] += load(rows[i * stride + c]);
-    }
-  }
-  for (int64_t c = 0; c < channels; ++c) mean[c] = sums[c] / static_cast<float>(count);
-}
-
 }  // namespace
 
 Excitation::Excitation(const std::vector<at::Tensor>& weights,
@@ -73,10 +36,13 @@ void Excitation::squeeze(const T* rows, const Positions& kept, int64_t images, i
   const int64_t blocks = ceil_div(count_, kBlock);
   parallel_tasks(images * blocks, [&](int64_t task) {
     const int64_t image = task / blocks, first = task % blocks * kBlock;
-    const int64_t begin = row_of(image), end = row_of(image + 1);
-    if (begin == end) return;
-    mean_rows(rows + begin * row_ + first, end - begin, row_, std::min(kBlock, count_ - first),
-              scales_ + image * count_ + first);
+    const int64_t begin = row_of(image), count = row_of(image + 1) - begin;
+    if (count == 0) return;
+    const int64_t channels = std::min(kBlock, count_ - first);
+    float* sum = scales_ + image * count_ + first;
+    std::fill_n(sum, channels, 0.0f);
+    sum_kernel(T{})(rows + begin * row_ + first, count, row_, channels, sum);
+    for (int64_t c = 0; c < channels; ++c) sum[c] /= static_cast<float>(count);
   });
   parallel_tasks(images, [&](int64_t image) {
     if (row_of(image) == row_of(image + 1)) return;
@@ -106,9 +72,9 @@ void Excitation::scale_image(float* scale, float* whole, float* hidden) const {
 
 template <typename T>
 void Excitation::excite(T* rows, const Positions& kept, int64_t lo, int64_t hi) const {
+  const auto scale = scale_kernel(T{});
   for (int64_t i = lo; i < hi; ++i, rows += row_) {
-    const float* scale = scales_ + kept[i] / outputs_ * count_;
-    for (int64_t c = 0; c < count_; ++c) store(rows + c, load(rows[c]) * scale[c]);
+    scale(rows, scales_ + kept[i] / outputs_ * count_, count_);
   }
 }
 

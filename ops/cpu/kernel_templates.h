@@ -300,7 +300,7 @@ void select_columns(const Move* moves, int move_count, const int32_t* rows, int6
 
 // One column of four 16-value registers at a time, so that sums stay in registers.
 template <typename V, typename T>
-void sum_positions(const T* x, int64_t positions, int64_t channels, float* sum) {
+void sum_positions(const T* x, int64_t positions, int64_t stride, int64_t channels, float* sum) {
   constexpr int kWide = 4;
   int64_t c = 0;
   for (; c + kWide * V::kLanes <= channels; c += kWide * V::kLanes) {
@@ -310,7 +310,7 @@ void sum_positions(const T* x, int64_t positions, int64_t channels, float* sum) 
     for (int64_t i = 0; i < positions; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < kWide; ++j) {
-        sums[j] = V::add(sums[j], V::load(x + i * channels + c + j * V::kLanes));
+        sums[j] = V::add(sums[j], V::load(x + i * stride + c + j * V::kLanes));
       }
     }
 #pragma GCC unroll 4
@@ -319,9 +319,16 @@ void sum_positions(const T* x, int64_t positions, int64_t channels, float* sum) 
   LAS_MM_FOR_LANES(rest, n, channels - c) {
     typename V::Reg value = load_lanes<V>(sum + c + rest, n);
     for (int64_t i = 0; i < positions; ++i) {
-      value = V::add(value, load_lanes<V>(x + i * channels + c + rest, n));
+      value = V::add(value, load_lanes<V>(x + i * stride + c + rest, n));
     }
     store_lanes<V>(sum + c + rest, value, n);
+  }
+}
+
+template <typename V, typename T>
+void scale_channels(T* x, const float* scale, int64_t channels) {
+  LAS_MM_FOR_LANES(c, n, channels) {
+    store_lanes<V>(x + c, V::mul(load_lanes<V>(x + c, n), load_lanes<V>(scale + c, n)), n);
   }
 }
 
@@ -330,5 +337,6 @@ constexpr Kernels make_kernels() {
   return {&panel<V, float>,    &panel<V, bf16>,       &winograd_input<V>,
           &winograd_output<V>, &dot<V, float>,        &dot<V, bf16>,
           &max_rows<V, float>, &max_rows<V, bf16>, &select_columns<V>,
-          &sum_positions<V, float>, &sum_positions<V, bf16>};
+          &sum_positions<V, float>, &sum_positions<V, bf16>,
+          &scale_channels<V, float>, &scale_channels<V, bf16>};
 }

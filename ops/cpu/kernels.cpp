@@ -64,6 +64,7 @@ struct Vector {
   }
   static inline Reg add(Reg a, Reg b) { return a + b; }
   static inline Reg sub(Reg a, Reg b) { return a - b; }
+  static inline Reg mul(Reg a, Reg b) { return a * b; }
   static inline Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static inline Reg max(Reg a, Reg b) {
     // b is kept where a is NaN, as maxps does.

@@ -71,9 +71,12 @@ struct Kernels {
   // `stride` bytes. May write up to kLanes columns after the last row.
   void (*select)(const Move* moves, int move_count, const int32_t* rows, int64_t count,
                  int64_t end, char* out, int64_t stride);
-  // sum[c] += sum over `positions` consecutive positions.
-  void (*sum_f32)(const float* x, int64_t positions, int64_t channels, float* sum);
-  void (*sum_bf16)(const bf16* x, int64_t positions, int64_t channels, float* sum);
+  // sum[c] += sum over `positions` rows of x, `stride` values apart.
+  void (*sum_f32)(const float* x, int64_t positions, int64_t stride, int64_t channels, float* sum);
+  void (*sum_bf16)(const bf16* x, int64_t positions, int64_t stride, int64_t channels, float* sum);
+  // x[c] *= scale[c].
+  void (*scale_f32)(float* x, const float* scale, int64_t channels);
+  void (*scale_bf16)(bf16* x, const float* scale, int64_t channels);
 };
 
 extern const Kernels kGenericKernels;
@@ -91,5 +94,7 @@ inline auto max_kernel(float) { return kernels().max_f32; }
 inline auto max_kernel(bf16) { return kernels().max_bf16; }
 inline auto sum_kernel(float) { return kernels().sum_f32; }
 inline auto sum_kernel(bf16) { return kernels().sum_bf16; }
+inline auto scale_kernel(float) { return kernels().scale_f32; }
+inline auto scale_kernel(bf16) { return kernels().scale_bf16; }
 
 }  // namespace las_mm::cpu

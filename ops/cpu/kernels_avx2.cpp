@@ -53,6 +53,7 @@ struct Vector {
   }
   static inline Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static inline Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static inline Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static inline Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static inline Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static inline float sum(Reg r) {
