@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every measurement of docs/performance.md: one JSON file each in the given folder (20 minutes on 2
-# cores, of which the modes take 5), then the table. Let nothing else run meanwhile.
+# Every measurement of docs/performance.md: one JSON file each in the given folder (25 minutes on 2
+# cores, of which the modes take 8), then the table. Let nothing else run meanwhile.
 #   tools/benchmark_all.sh [FOLDER] [NAME ...]     only these, e.g. 8x224 800_bf16
 #   tools/benchmark_all.sh FOLDER modes            only family x mode
 set -euo pipefail
@@ -36,20 +36,21 @@ measure 8x224_layer "8 3 224 224" --rate 0.5 --masks blob --mode layer --engines
 measure 800_bf16 "1 3 800 1344" --rate 0.5 --masks blob --dtype bf16 --rounds 7
 
 # Families and modes, at rates that should give a FLOPs ratio of about 0.5; the table has the true one.
-mode() { # FAMILY MODE OPTIONS...
-  local name=$1_$2 mode=$2
-  shift 2
+mode() { # NAME SHAPE MODE OPTIONS...
+  local name=$1 shape=$2 mode=$3
+  shift 3
   if [[ "$wanted" == *" modes "* ]]; then local wanted="  "; fi
-  measure "$name" "8 3 224 224" --mode "$mode" --masks blob --rounds 5 --warmup 1 \
+  measure "$name" "$shape" --mode "$mode" --masks blob --rounds 9 --warmup 2 \
     --engines openvino onnxruntime las_mm-static "$@"
 }
-mode r101 spatial --rate 0.44
-mode r101 channel --rate 0.595
-mode r101 layer --rate 0.47
-mode r101 both --rate 0.7 --channel-rate 0.75
+mode r101_spatial "8 3 224 224" spatial --rate 0.44
+mode r101_channel "8 3 224 224" channel --rate 0.595
+mode r101_channel_800 "1 3 800 1344" channel --rate 0.595
+mode r101_layer "8 3 224 224" layer --rate 0.47
+mode r101_both "8 3 224 224" both --rate 0.7 --channel-rate 0.75
 config=configs/_base_/lasnet_regnety_800mf.py
-mode regnety_800mf spatial --rate 0.44
-mode regnety_800mf channel --rate 0.48
-mode regnety_800mf layer --rate 0.47
-mode regnety_800mf both --rate 0.7 --channel-rate 0.7
+mode regnety_800mf_spatial "8 3 224 224" spatial --rate 0.44 0.5
+mode regnety_800mf_channel "8 3 224 224" channel --rate 0.48
+mode regnety_800mf_layer "8 3 224 224" layer --rate 0.47
+mode regnety_800mf_both "8 3 224 224" both --rate 0.7 --channel-rate 0.7
 "$python" tools/benchmark_table.py "$out"/*.json

@@ -274,6 +274,15 @@ def test_channel_mask_of_ties_and_nan(implementation):
         assert mask.tolist() == [[True] * 3, [False] * 3]
 
 
+@cases.implementations("channel_mask")
+def test_channel_mask_needs_two_logits_each(implementation):
+    call = cases.implementation_of(implementation)
+    x = torch.ones(2, 8, 3, 3)
+    for width in (0, 5):
+        with pytest.raises(ValueError, match=f"two logits per decision, got {width}"):
+            call("channel_mask", x, [torch.ones(width, 8)], [torch.ones(width)], None)
+
+
 BLOCK = cases.Block(2, (7, 9), (16, 24, 16), winograd="both")
 CASE = ChannelBlock(BLOCK, 2, ("0.6", "0.4"), True)
 
