@@ -233,7 +233,7 @@ class DynamicBlock(nn.Module):
         # Packed weights are derived.
         return {
             **self.__dict__,
-            "activation": None,
+            "_activation": None,
             "_fast": None,
             "_snapshot": None,
             "_made_for": None,
