@@ -26,7 +26,7 @@ help:
 	@echo "make cuda-build build and import the CUDA kernels aside, for 6 generations of GPUs; needs nvcc, no GPU"
 	@echo "make cuda-resources  also check their registers, occupancy and instructions (ARCHITECTURES=\"75 80\": only these)"
 	@echo "make sanitize   tests of the ops under AddressSanitizer and UBSan (GCC, 3 minutes to build)"
-	@echo "make benchmark  every measurement of docs/performance.md: about 20 minutes, on an idle machine"
+	@echo "make benchmark  every measurement of docs/performance.md: about 25 minutes, on an idle machine"
 	@echo "make setup      only the environment in .venv"
 	@echo "make clean      remove build files and the demo's data and output, to start it anew"
 	@echo "make distclean  remove .venv too"
