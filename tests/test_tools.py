@@ -512,6 +512,8 @@ def test_predict_latency_says_which_rates_count(say):
     assert "rate 0.4, per image" in say("predict_latency", LASNET, *shape)
     text = say("predict_latency", LASNET, *shape, "--mode", "channel", "--channel-rate", 0.6)
     assert "no block has a rate (--rate is not used), channel rate 0.6, per image" in text
+    text = say("predict_latency", LASNET, *shape, "--mode", "channel", "--rate", 0.3)
+    assert "channel rate 0.3, per image" in text and "not used" not in text
     text = say("predict_latency", LASNET, *shape, "--channel-rate", 0.6)
     assert "rate 0.4, no block has a channel rate (--channel-rate is not used)" in text
 

@@ -43,7 +43,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--batch", type=int, help="images per batch; default: the device file's")
     add("--rate", type=float, nargs="+", help="of all blocks, or one per block; default: 0.5")
-    add("--channel-rate", type=float, nargs="+", help="likewise, of channels kept; default: 1")
+    add(
+        "--channel-rate",
+        type=float,
+        nargs="+",
+        help="likewise, of channels kept; default: 1, --rate if only channels are skipped",
+    )
     add("--rate-dilated", type=float, nargs="+", help="conv1's; default: --rate, as in the papers")
     add("--mode", choices=MODES, nargs="+", help="of all stages, or one per stage")
     add("--granularity", type=int, nargs="+", help="patch side S: one, or one per stage or block")
@@ -102,10 +107,13 @@ def make_table(dynamic: Report, static: Report, network: NetworkShape) -> Table:
 def settle_rates(args: argparse.Namespace, network: NetworkShape) -> list[str]:
     """Fill in the defaults of --rate and --channel-rate; returns what to say of each."""
     modes = {block.mode for block in network.blocks}
+    positional = {"spatial", "both", "layer"}
     said = []
+    if not modes & positional and args.channel_rate is None:  # --rate can only mean channels
+        args.rate, args.channel_rate = None, args.rate
     for name, readers, default in (
-        ("rate", {"spatial", "both", "layer"}, 0.5),
-        ("channel_rate", {"channel", "both"}, 1.0),
+        ("rate", positional, 0.5),
+        ("channel_rate", {"channel", "both"}, 1.0 if modes & positional else 0.5),
     ):
         rates, label = getattr(args, name), name.replace("_", " ")
         if not modes & readers:

@@ -26,10 +26,11 @@ class Activation:
         rate_dilated: Share of conv1's output positions that conv2 reads from them, shape ().
         rate_channel: Share of the bottleneck's channels that are computed, shape (); 1 without
             a channel masker.
-        mask: Hard decision per patch, shape (N, 1, h, w), detached; ``None`` where all positions
-            are computed.
-        mask_channel: Hard decision per group of channels, shape (N, groups), detached; ``None``
-            where all channels are computed.
+        mask: Hard decision per patch, shape (N, 1, h, w), detached, bool or zeros and ones in
+            float32, whichever the form that ran works with; ``None`` where all positions are
+            computed.
+        mask_channel: Hard decision per group of channels, shape (N, groups), detached, zeros and
+            ones in float32; ``None`` where all channels are computed.
         shares: Share of conv1's, conv2's and conv3's multiply-accumulates, shape (3,), see
             :func:`work_shares`; ``None`` without a channel masker, where the rates say it.
     """

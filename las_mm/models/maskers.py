@@ -78,11 +78,15 @@ class Masker(nn.Module):
         if self.offset is not None:
             keep = keep + self.offset.to(keep)
         if not self.training:
-            return (keep >= 0).float()
+            return self.hard(keep)
         keep = keep + self.noise * gumbel_difference(keep)
-        hard = (keep >= 0).float()
+        hard = self.hard(keep)
         soft = torch.sigmoid(keep / self.temperature)
         return hard + (soft - soft.detach())
+
+    def hard(self, keep: Tensor) -> Tensor:
+        """Zeros and ones, float32; NaN skips."""
+        return (keep >= 0).float()
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature:.4g}"
@@ -230,6 +234,14 @@ class ChannelMasker(Masker):
         """The decision per group: (N, groups) float32 of zeros and ones."""
         keep, skip = self.logits(x).unbind(1)
         return self.decide(keep - skip)
+
+    def hard(self, keep: Tensor) -> Tensor:
+        """Zeros and ones, float32; NaN keeps.
+
+        A NaN anywhere in the image makes its mean one. Without channels the block would pass it on
+        at its own position only, or, where a strided shortcut jumps over that, not at all.
+        """
+        return (keep < 0).logical_not().float()
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, {super().extra_repr()}"

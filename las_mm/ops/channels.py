@@ -304,7 +304,7 @@ def _channel_mask_reference(
         out = F.linear(out if i == 0 else out.relu(), weight, bias)
     keep, skip = out.unflatten(1, (2, decisions)).unbind(1)
     keep = keep - skip
-    return (keep if offset is None else keep + offset) >= 0
+    return ((keep if offset is None else keep + offset) < 0).logical_not()
 
 
 def _channel_mask_fake(
@@ -330,7 +330,8 @@ def channel_mask(
     """Decide per group of channels, as ``ChannelMasker('mlp')`` does in eval mode.
 
     Global average pool, linear layers with ReLU between them, and a group is kept where logit 0 >=
-    logit 1. LAUDNet (arXiv 2308.15949), section 3.2. This op has no gradient.
+    logit 1, or where these are NaN: an image with a NaN computes all channels and shows it.
+    LAUDNet (arXiv 2308.15949), section 3.2. This op has no gradient.
 
     Args:
         x: Block input, (N, C, H, W), float32 or bfloat16.

@@ -97,7 +97,7 @@ at::Tensor channel_mask(const at::Tensor& x, std::vector<at::Tensor> weights,
   for (int64_t n = 0; n < images; ++n, in += width) {
     for (int64_t g = 0; g < decisions; ++g, ++wanted) {
       const float keep = in[g] - in[decisions + g];
-      *wanted = (shifts ? keep + *shifts++ : keep) >= 0;
+      *wanted = !((shifts ? keep + *shifts++ : keep) < 0);  // NaN keeps, and so shows
     }
   }
   return mask;

@@ -390,6 +390,25 @@ def test_flops_train_every_masker(with_cp):
         assert last.weight.grad.isfinite().all() and last.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_passes_strided_shortcuts(value):
+    """A block without channels would step over it: the image computes all channels instead."""
+    torch.manual_seed(0)
+    net = undecided(LASResNet(50, mode="channel", base_channels=8, stem_channels=8)).eval()
+    x = torch.randn(2, 3, 33, 50)
+    x[0, 0, 5, 5] = value
+    with torch.no_grad():
+        (sparse,) = net(x)
+        masks = [block.activation.mask_channel for block in net.blocks()]
+        with masked_dense():
+            (dense,) = net(x)
+    assert not sparse[0].isfinite().all() and not dense[0].isfinite().all()
+    assert sparse[1].isfinite().all()
+    torch.testing.assert_close(sparse[1], dense[1], rtol=1e-4, atol=1e-4)
+    assert min(mask[0].mean() for mask in masks[4:]) == 1  # where the NaN has got into the mean
+    assert min(mask[1].mean() for mask in masks) < 1
+
+
 def test_freezing_and_copies():
     frozen = dict(frozen_stages=1, norm_eval=True, freeze_maskers=False)
     net = LASResNet(50, mode="both", **frozen, **TWO_STAGES).train()
