@@ -437,6 +437,7 @@ class FastStem:
 
     weight: Tensor
     bias: Tensor
+    in_channels: int
 
     @classmethod
     def of(cls, backbone: nn.Module) -> FastStem:
@@ -462,9 +463,13 @@ class FastStem:
         weight, bias = fold(conv, backbone.norm1)
         if not ops.has_stem_kernel(weight.device.type):
             raise Unsupported(f"there is no kernel for it on {weight.device.type}")
-        return cls(ops.pack_stem(weight), bias)
+        return cls(ops.pack_stem(weight), bias, conv.in_channels)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x must have shape (N, {self.in_channels}, H, W), got {list(x.shape)}"
+            )
         return ops.conv_pool_stem(x, self.weight, self.bias)
 
 

@@ -828,6 +828,12 @@ def test_half_made_choice_of_another_thread(monkeypatch):
     assert_close(results, expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (3, 32, 32)])
+def test_wrong_input_is_named(shape):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"x must have shape \(N, 3, H, W\)"):
+        make()(torch.zeros(shape))
+
+
 def resident_bytes():
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * 4096
