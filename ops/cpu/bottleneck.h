@@ -537,4 +537,45 @@ class Bottleneck {
   T* map_ = nullptr;
 };
 
+// The maps of a call, of which any images may be computed by themselves.
+template <typename T>
+class Batch {
+ public:
+  // x and out are channels_last; `patches`: decisions, undefined: all are kept.
+  Batch(const Arguments& a, const Shape& s, const at::Tensor& x, const at::Tensor& patches,
+        const at::Tensor& out)
+      : a_(a), x_(values(x, T{})), out_(mutable_values(out, T{})) {
+    x_step_ = s.height * s.width * s.c_in;
+    const int64_t outputs = s.out_height * s.out_width;
+    out_step_ = outputs * s.c_out;
+    if (a.shortcut) {
+      kept_ = a.shortcut->contiguous(at::MemoryFormat::ChannelsLast);
+      shortcut_ = values(kept_, T{});
+      shortcut_channels_ = kept_.size(1);
+    }
+    shortcut_step_ = outputs * shortcut_channels_;
+    if (patches.defined()) {
+      patches_ = patches.const_data_ptr<bool>();
+      patches_step_ = patches.stride(0);
+    }
+  }
+
+  // The block for the images from `first` on, as many as `part` has, which has to outlive it.
+  Bottleneck<T> block(int64_t first, const Shape& part) const {
+    return Bottleneck<T>(a_, part, x_ + first * x_step_,
+                         shortcut_ ? shortcut_ + first * shortcut_step_ : nullptr,
+                         shortcut_channels_, patches_ ? patches_ + first * patches_step_ : nullptr,
+                         out_ + first * out_step_);
+  }
+
+ private:
+  const Arguments& a_;
+  at::Tensor kept_;
+  const T *x_, *shortcut_ = nullptr;
+  const bool* patches_ = nullptr;
+  T* out_;
+  int64_t shortcut_channels_ = 0;
+  int64_t x_step_, out_step_, shortcut_step_, patches_step_ = 0;  // from image to image
+};
+
 }  // namespace las_mm::cpu

@@ -38,19 +38,12 @@ template <typename T>
 void run_channels(const at::Tensor& x, const Arguments& a, const Shape& all,
                   const at::Tensor& patches, const at::Tensor& channels,
                   const Constants& constants, const at::Tensor& out) {
-  const at::Tensor shortcut =
-      a.shortcut ? a.shortcut->contiguous(at::MemoryFormat::ChannelsLast) : at::Tensor();
-  const int64_t shortcut_channels = a.shortcut ? shortcut.size(1) : 0;
-  const int64_t outputs = all.out_height * all.out_width, decisions = channels.size(1);
+  const Batch<T> batch(a, all, x, patches, out);
+  const int64_t decisions = channels.size(1);
   const auto run = [&](int64_t n, int64_t images) {
     Shape s = all;
     s.images = images;
-    Bottleneck<T> block(
-        a, s, values(x, T{}) + n * s.height * s.width * s.c_in,
-        a.shortcut ? values(shortcut, T{}) + n * outputs * shortcut_channels : nullptr,
-        shortcut_channels,
-        patches.defined() ? patches.const_data_ptr<bool>() + n * patches.stride(0) : nullptr,
-        mutable_values(out, T{}) + n * outputs * s.c_out);
+    Bottleneck<T> block = batch.block(n, s);
     std::deque<Selection> selections;  // a deque: its elements stay where they are
     bool all_wanted = true;
     for (int64_t i = 0; i < images; ++i) {

@@ -42,7 +42,6 @@ std::vector<int64_t> share_images(const std::vector<int64_t>& outputs, int64_t t
   const auto images = static_cast<int64_t>(outputs.size());
   if (images < threads) return {0, images};
   const int64_t all = std::accumulate(outputs.begin(), outputs.end(), int64_t{0});
-
   const int64_t tasks = std::clamp(all / kTaskOutputs / threads * threads, threads, images);
   std::vector<int64_t> firsts;
   for (int64_t task = 0; task <= tasks; ++task) firsts.push_back(images * task / tasks);

@@ -70,19 +70,11 @@ bool prefers_dense(const Arguments& a, const Shape& s, const at::Tensor& patches
 template <typename T>
 void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const at::Tensor& patches,
                 const at::Tensor& out) {
-  const at::Tensor shortcut =
-      a.shortcut ? a.shortcut->contiguous(at::MemoryFormat::ChannelsLast) : at::Tensor();
-  const int64_t shortcut_channels = a.shortcut ? shortcut.size(1) : 0;
-  const int64_t outputs = s.out_height * s.out_width;
-  const auto run = [&](int64_t n, int64_t images) {
+  const Batch<T> batch(a, s, x, patches, out);
+  const auto run = [&](int64_t first, int64_t images) {
     Shape part = s;
     part.images = images;
-    Bottleneck<T> block(
-        a, part, values(x, T{}) + n * s.height * s.width * s.c_in,
-        a.shortcut ? values(shortcut, T{}) + n * outputs * shortcut_channels : nullptr,
-        shortcut_channels,
-        patches.defined() ? patches.const_data_ptr<bool>() + n * patches.stride(0) : nullptr,
-        mutable_values(out, T{}) + n * outputs * s.c_out);
+    Bottleneck<T> block = batch.block(first, part);
     block.plan();
     block.run({all_channels<T>(a, part, block.use_tiles())});
   };
