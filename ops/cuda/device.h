@@ -14,11 +14,13 @@
 #include <array>
 #include <atomic>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cuda/channel_sequences.cuh"
 #include "cuda/platform.cuh"
 #include "cuda/sequences.cuh"
+#include "cuda/tile_file.h"
 
 namespace las_mm::cuda {
 
@@ -46,6 +48,17 @@ __global__ void __launch_bounds__(Kernel::kThreads, min_blocks<Kernel>())
   Kernel::run(params);
 }
 
+// Whether float32 convolutions may be TF32. Newer versions of PyTorch keep a setting per kind of
+// operation and raise when asked for one of all kinds that differ.
+template <class Operation>
+bool allows_tf32(bool (at::Context::*ask)(std::optional<Operation>) const) {
+  return (at::globalContext().*ask)(Operation::CONV);
+}
+inline bool allows_tf32(bool (at::Context::*ask)(const std::string&) const) {
+  return (at::globalContext().*ask)("conv");
+}
+inline bool allows_tf32(bool (at::Context::*ask)() const) { return (at::globalContext().*ask)(); }
+
 class Device {
  public:
   // Of the current device; `like` lies there.
@@ -71,7 +84,7 @@ class Device {
   }
 
   TileShape choose_tile(int64_t rows, int64_t columns, int64_t groups) const {
-    return cuda::choose_tile(gpu, rows, columns, groups);
+    return cuda::choose_tile(gpu, tile_rule(gpu.capability), rows, columns, groups);
   }
 
   template <class Kernel>
@@ -100,7 +113,7 @@ class Device {
       capabilities[index] = std::min(10 * major + minor, compiled.ptxVersion);
       multiprocessors[index] = count;
     }
-    return {capabilities[index], multiprocessors[index], at::globalContext().allowTF32CuDNN()};
+    return {capabilities[index], multiprocessors[index], allows_tf32(&at::Context::allowTF32CuDNN)};
   }
 
   // Blocks that one multiprocessor of this GPU holds; asked for once per GPU.

@@ -36,22 +36,26 @@ enum class TileShape { kLarge, kMedium, kSmall };  // 128x128, 128x64 and 64x64
 // waste less at the end of a short list. `rows` is the number of possible positions: half of them
 // are expected to be listed.
 struct TileRule {
-  int capability;          // from here on
-  double large_waves;      // least number of 128x128 tiles per multiprocessor
-  double medium_waves;     // and of 128x64 tiles
+  int capability;       // from here on
+  double least_rows;    // listed; with fewer, half a tile more at the end of the list counts
+  double large_waves;   // least number of 128x128 tiles per multiprocessor
+  double medium_waves;  // and of 128x64 tiles
 };
 constexpr TileRule kTileRules[] = {
-    {90, 2.0, 1.0},
-    {80, 2.0, 1.0},
-    {0, 1e30, 1.0},  // 64 KiB of shared memory hold one large tile only
+    {90, 1024, 2.0, 1.0},
+    {80, 1024, 2.0, 1.0},
+    {0, 1024, 1e30, 1.0},  // 64 KiB of shared memory hold one large tile only
 };
 
-inline TileShape choose_tile(const Gpu& gpu, int64_t rows, int64_t columns, int64_t groups) {
-  // With few rows, half a tile more at the end of the list counts.
-  constexpr int64_t kLeastRows = 8 * 128;
-  if (rows / 2 < kLeastRows) return TileShape::kSmall;
+inline const TileRule* built_in_rule(int capability) {
   const TileRule* rule = kTileRules;
-  while (gpu.capability < rule->capability) ++rule;
+  while (capability < rule->capability) ++rule;
+  return rule;
+}
+
+inline TileShape choose_tile(const Gpu& gpu, const TileRule* rule, int64_t rows, int64_t columns,
+                             int64_t groups) {
+  if (static_cast<double>(rows / 2) < rule->least_rows) return TileShape::kSmall;
   const double listed = static_cast<double>(rows) / 2 * static_cast<double>(groups);
   const double large =
       listed / 128 * static_cast<double>(ceil_div(columns, 128)) / gpu.multiprocessors;

@@ -62,8 +62,9 @@ class Device {
   }
 
   TileShape choose_tile(int64_t rows, int64_t columns, int64_t groups) const {
-    return call_.tile < 0 ? las_mm::cuda::choose_tile(gpu, rows, columns, groups)
-                          : static_cast<TileShape>(call_.tile);
+    if (call_.tile >= 0) return static_cast<TileShape>(call_.tile);
+    const TileRule* rule = built_in_rule(gpu.capability);
+    return las_mm::cuda::choose_tile(gpu, rule, rows, columns, groups);
   }
 
   template <class Kernel>
