@@ -42,10 +42,12 @@ if [ -n "$dry" ]; then
 else
   nvidia-smi >"$out/nvidia-smi.log" 2>&1
   stage build 240 env FORCE_CUDA=1 MAX_JOBS="$cores" "$python" setup.py build_ext --inplace
-  stage tests 150 "$python" -m pytest -q -n $((cores < 12 ? cores : 12)) -p no:cacheprovider $tests
-  usual="eager-nhwc eager-nchw eager-nhwc-tf32 graph graph-tf32 las_mm-static las_mm-static-tf32"
-  usual="$usual las_mm-tf32 las_mm-graph las_mm-graph-tf32"
+  stage tests 150 "$python" -m pytest -q ${TESTS:+-k "$TESTS"} --durations=10 -W ignore -n $((cores < 12 ? cores : 12)) -p no:cacheprovider $tests
   for dtype in fp16 fp32; do
+    usual="eager-nhwc eager-nchw graph las_mm-static las_mm-graph"
+    if [ $dtype = fp32 ]; then
+      usual="$usual eager-nhwc-tf32 graph-tf32 las_mm-static-tf32 las_mm-tf32 las_mm-graph-tf32"
+    fi
     # shellcheck disable=SC2086
     {
       network "1x800_$dtype" "1 3 800 1344" $dtype 60 $usual
@@ -53,7 +55,7 @@ else
       network "1x224_$dtype" "1 3 224 224" $dtype 60 $usual
     }
   done
-  stage kernels 90 "$python" dev/benchmark_kernels.py --network --json "$out/kernels.json"
+  stage kernels 90 "$python" dev/benchmark_kernels.py --network ${KERNELS:-} --json "$out/kernels.json"
   for tile in large medium small; do
     stage "kernels_$tile" 60 "$python" dev/benchmark_kernels.py --tile $tile --no-dense \
       --precisions tf32 fp16 --json "$out/kernels_$tile.json"

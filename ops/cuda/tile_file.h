@@ -5,31 +5,33 @@
 
 #include <c10/util/Exception.h>
 
+#include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <sstream>
-#include <string>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cuda/tiles.cuh"
 
 namespace las_mm::cuda {
 
+// By the C library: streams of C++ crashed where the extension was built by another compiler than
+// PyTorch (a segmentation fault at the first product).
 inline std::vector<TileRule> read_tile_rules(const char* path) {
-  std::ifstream file(path);
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path, "r"), &std::fclose);
   TORCH_CHECK_VALUE(file, "LAS_MM_CUDA_TILES: cannot read ", path);
   std::vector<TileRule> rules;
-  std::string line;
-  while (std::getline(file, line)) {
-    std::istringstream words(line.substr(0, line.find('#')));
-    std::string rest;
+  char line[256];
+  while (std::fgets(line, sizeof(line), file.get()) != nullptr) {
+    line[std::strcspn(line, "#\n")] = '\0';
+    if (line[std::strspn(line, " \t\r")] == '\0') continue;
     TileRule rule{};
-    if (!(words >> std::ws) || words.eof()) continue;
-    TORCH_CHECK_VALUE(
-        words >> rule.capability >> rule.least_rows >> rule.large_waves >> rule.medium_waves &&
-            !(words >> rest),
-        "LAS_MM_CUDA_TILES: a line of ", path,
-        " must be 'capability least_rows large_waves medium_waves', got '", line, "'");
+    char rest = 0;
+    const int found = std::sscanf(line, "%d %lf %lf %lf %c", &rule.capability, &rule.least_rows,
+                                  &rule.large_waves, &rule.medium_waves, &rest);
+    TORCH_CHECK_VALUE(found == 4, "LAS_MM_CUDA_TILES: a line of ", path,
+                      " must be 'capability least_rows large_waves medium_waves', got '", line,
+                      "'");
     rules.push_back(rule);
   }
   return rules;

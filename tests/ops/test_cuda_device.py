@@ -199,7 +199,7 @@ def adapt_channels(case, precision):
 
 def channel_arguments(case):
     """What follows ``x`` in the schema of ``channel_bottleneck``, on the GPU."""
-    mask, weights, biases, winograd, *rest = gpu_arguments(case.block)[:9]
+    mask, weights, biases, winograd, *rest = gpu_arguments(case.block)[:10]
     constants = case.constants and [on_gpu(vector) for vector in case.constants]
     return (mask, on_gpu(case.channel_mask), weights, biases, constants, winograd, *rest)
 
