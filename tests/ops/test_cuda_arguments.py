@@ -1,4 +1,4 @@
-"""What test_cuda_device.py passes to the ops fits their schemas, so that a card's time is not lost."""
+"""What test_cuda_device.py passes to the ops fits their schemas: a card's time is dear."""
 
 import pytest
 import torch
