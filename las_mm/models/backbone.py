@@ -15,7 +15,7 @@ from las_mm.models.activation import NetworkActivation
 from las_mm.models.block import DynamicBlock
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
-from las_mm.models.snapshot import Snapshot, has_hooks
+from las_mm.models.snapshot import Snapshot, checked, has_hooks, watch
 
 
 class DynamicBackbone(nn.Module):
@@ -37,6 +37,7 @@ class DynamicBackbone(nn.Module):
     freeze_maskers = True
     _fast_stem: sparse.FastStem | sparse.FastConvStem | None = None
     _snapshot: Snapshot | None = None
+    _key: str | None = None
     _input_hw: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -58,7 +59,7 @@ class DynamicBackbone(nn.Module):
         contiguous = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
         stem = self._prepare_stem()
         if stem is not None and x.dtype == stem.weight.dtype:
-            x = stem(x)
+            x = stem(x, self._checked(stem.bias))
         else:
             x = self._dense_stem(x)
         if observe is not None:
@@ -100,13 +101,27 @@ class DynamicBackbone(nn.Module):
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast_stem
-        if self._snapshot is None or self._snapshot.stale():
+        if self.stale():
             try:
                 self._fast_stem = self.fast_stem.of(self)
             except sparse.Unsupported:
                 self._fast_stem = None
-            self._snapshot = Snapshot(self, self._stem_parts())
+            self._snapshot = Snapshot(self, self._stem_parts(), self._fast_stem is not None)
+            self._key = self._key or watch(self)
         return None if self._snapshot.hooked() else self._fast_stem
+
+    def stale(self, positions: int = ops.MANY_POSITIONS) -> bool:
+        """Whether the stem differs from the one whose weights are packed, or none are.
+
+        Its few weights are always compared in full, whatever the number of ``positions``.
+        """
+        return self._snapshot is None or self._snapshot.stale()
+
+    def _checked(self, value: Tensor) -> Tensor:
+        """``value``, a packed one; in a compiled program only as long as it is up to date."""
+        if not torch.compiler.is_compiling():
+            return value
+        return checked(value, self, self._snapshot, self._key, 1, self._stem_parts())
 
     def _stem_parts(self) -> list[str]:
         """Names of the modules that the fast form of the stem is made of."""
@@ -117,7 +132,7 @@ class DynamicBackbone(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_fast_stem": None, "_snapshot": None}
+        return {**self.__dict__, "_fast_stem": None, "_snapshot": None, "_key": None}
 
     def train(self, mode: bool = True) -> DynamicBackbone:
         """The parent's, but returning the module like every other ``nn.Module``."""

@@ -20,7 +20,7 @@ from las_mm.models.maskers import (
     expand_mask,
 )
 from las_mm.models.settings import BlockSettings
-from las_mm.models.snapshot import Snapshot
+from las_mm.models.snapshot import Snapshot, checked, watch
 
 
 class DynamicBlock(nn.Module):
@@ -72,6 +72,7 @@ class DynamicBlock(nn.Module):
         self._fast: sparse.FastBottleneck | None = None
         self._snapshot: Snapshot | None = None
         self._made_for: tuple | None = None
+        self._key: str | None = None
 
     @property
     def activation(self) -> Activation | None:
@@ -102,13 +103,16 @@ class DynamicBlock(nn.Module):
             in_place: Whether ``x`` is the output of a ReLU that nobody else reads, so that it may
                 be overwritten.
         """
-        fast = self.prepare()
+        fast = self.prepare(self._positions(x))
         if fast is None or x.dtype != fast.weights[0].dtype:
             return self._forward(x)
         return fast(self, x, in_place)
 
-    def prepare(self) -> sparse.FastBottleneck | None:
+    def prepare(self, positions: int = ops.MANY_POSITIONS) -> sparse.FastBottleneck | None:
         """Fold and pack the weights unless that is done; ``None`` if only the training form runs.
+
+        Args:
+            positions: See :meth:`stale`.
 
         Raises:
             RuntimeError: Inside ``torch.compile`` or ``torch.export`` before the first call.
@@ -117,7 +121,35 @@ class DynamicBlock(nn.Module):
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast
-        made_for = (
+        if self.stale(positions):
+            self._made_for = self._settings()
+            try:
+                self._fast = self._make_fast()
+                self.no_fast_form = None
+            except sparse.Unsupported as reason:
+                self._fast = None
+                self.no_fast_form = str(reason)
+            self._snapshot = Snapshot(self, packed=self._fast is not None)
+            self._key = self._key or watch(self)
+        return None if self._snapshot.hooked() else self._fast
+
+    def stale(self, positions: int = ops.MANY_POSITIONS) -> bool:
+        """Whether the block differs from the one whose weights are packed, or none are.
+
+        Args:
+            positions: See :meth:`~las_mm.models.snapshot.Snapshot.stale`.
+        """
+        fresh = self._snapshot is not None and self._settings() == self._made_for
+        return not fresh or self._snapshot.stale(positions)
+
+    def checked(self, value: Tensor, x: Tensor) -> Tensor:
+        """``value``, a packed one; in a compiled program only as long as it is up to date."""
+        if not torch.compiler.is_compiling():
+            return value
+        return checked(value, self, self._snapshot, self._key, self._positions(x))
+
+    def _settings(self) -> tuple:
+        return (
             self.mode,
             self.granularity,
             self.masker,
@@ -125,16 +157,11 @@ class DynamicBlock(nn.Module):
             self.channel_position,
             self.masker_channel,
         )
-        if self._snapshot is None or made_for != self._made_for or self._snapshot.stale():
-            self._made_for = made_for
-            try:
-                self._fast = self._make_fast()
-                self.no_fast_form = None
-            except sparse.Unsupported as reason:
-                self._fast = None
-                self.no_fast_form = str(reason)
-            self._snapshot = Snapshot(self)
-        return None if self._snapshot.hooked() else self._fast
+
+    def _positions(self, x: Tensor) -> int:
+        """Outputs of the block for ``x``, of all images."""
+        stride = self.conv1_stride * self.conv2_stride
+        return x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
 
     def hooked_inside(self) -> bool:
         """Whether a module of this block has forward hooks, which may keep what they are given."""
@@ -237,6 +264,7 @@ class DynamicBlock(nn.Module):
             "_fast": None,
             "_snapshot": None,
             "_made_for": None,
+            "_key": None,
         }
 
     def _apply(self, *args, **kwargs) -> DynamicBlock:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Sequence
 
+import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
+
+from las_mm import ops
+from las_mm.ops.library import LIBRARY
+
+_UNPACKED = ("masker", "masker_channel")  # children whose own tensors the sparse path reads
 
 
 class Snapshot:
@@ -13,9 +23,12 @@ class Snapshot:
     Args:
         module: The module in training form.
         names: Only these children of it; by default all.
+        packed: Whether there are packed weights whose sources' contents have to be compared.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, names: Sequence[str] | None = None, packed: bool = True
+    ) -> None:
         children = {
             name: child
             for name, child in module._modules.items()
@@ -46,24 +59,137 @@ class Snapshot:
         self._hooks = [
             hooks for sub in inside for hooks in (sub._forward_hooks, sub._forward_pre_hooks)
         ]
+        self._module = type(module).__name__
+        self._sources = sources(module, names) if packed else []
+        if self._sources and not ops.has_fingerprint(self._sources[0].device.type):
+            self._sources = []
+        self._turn = 0
+        self.expected: Tensor | None = None  # the sources' fingerprints
+        if self._sources:
+            self._fingerprints = ops.fingerprints(self._sources)
+            self.expected = torch.tensor(self._fingerprints)
 
     def hooked(self) -> bool:
         """Whether a module inside has forward hooks, which only the training form calls."""
         return any(self._hooks)
 
-    def stale(self) -> bool:
+    def stale(self, positions: int = ops.MANY_POSITIONS) -> bool:
         """Whether a module, parameter or buffer was replaced, written to or switched to training.
 
-        Writing through ``parameter.data`` is invisible here; ``.train()`` and ``.eval()``, which
-        surround it in practice, drop the fast form.
+        Args:
+            positions: Of the outputs that the packed weights are about to be used for: for few,
+                only a part of the sources' contents is compared, which matters for what torch
+                does not count (writes through ``.data``, to a numpy view, to tensors made in
+                inference mode). A write to all of a tensor is noticed at once even so, one to
+                few values of a large tensor after ``ops.PARTS`` calls at the latest, with a
+                warning. By default everything is compared.
         """
         # A plain loop: this runs for every block of every image.
         for store, name, value, version in self._stores:
             if store.get(name) is not value or (version is not None and value._version != version):
                 return True
-        return False
+        if not self._sources or _capturing(self._sources[0]):
+            return False
+        known = self._fingerprints
+        if positions >= ops.MANY_POSITIONS:
+            return ops.fingerprint(self._sources) != (known[0], known[1])
+        self._turn = part = (self._turn + 1) % ops.PARTS
+        samples, values = ops.fingerprint(self._sources, part, ops.PARTS)
+        if samples == known[0] and values != known[2 + part]:
+            print_log(
+                f"las_mm: a few values of a {self._module}'s weights were written where torch "
+                "does not count it (.data, a numpy view); they are packed anew now, but some "
+                "images before this one may have been computed with the old ones. After such a "
+                "write call las_mm.prepare(model)",
+                logger="current",
+                level=logging.WARNING,
+            )
+        return (samples, values) != (known[0], known[2 + part])
+
+
+def sources(module: nn.Module, names: Sequence[str] | None = None) -> list[Tensor]:
+    """The tensors that the packed weights of ``module`` were made from, now, in a fixed order.
+
+    Args:
+        module: The module in training form.
+        names: Only these children of it; by default all.
+    """
+    found = []
+    for name, child in module.named_children():
+        if name in _UNPACKED or (names is not None and name not in names):
+            continue
+        found += list(child.parameters())
+        found += [b for key, b in child.named_buffers() if not key.endswith("num_batches_tracked")]
+    return found
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which cannot wait for a comparison."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its ``forward``."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+# In a compiled program ---------------------------------------------------------------------------
+
+_keys = itertools.count()
+_watched: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+
+
+def watch(module: nn.Module) -> str:
+    """A key of ``module``, whose ``stale(positions)`` compiled programs ask by it."""
+    key = str(next(_keys))
+    _watched[key] = module
+    return key
+
+
+LIBRARY.define("follows(Tensor value, str key, SymInt positions) -> Tensor")
+
+
+def _follows(value: Tensor, key: str, positions: int) -> Tensor:
+    module = _watched.get(key)
+    stale: Callable[[int], bool] | None = getattr(module, "stale", None)
+    if stale is None or stale(positions):
+        raise RuntimeError(
+            "the model's weights or modules have changed since they were packed, and what "
+            "torch.compile made does not follow by itself: call las_mm.prepare(model) again"
+        )
+    return value.clone()
+
+
+LIBRARY.impl("follows", _follows, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("las_mm::follows", lib=LIBRARY)
+def _follows_fake(value: Tensor, key: str, positions: int) -> Tensor:
+    return torch.empty_like(value)
+
+
+def checked(
+    value: Tensor,
+    module: nn.Module,
+    snapshot: Snapshot,
+    key: str,
+    positions: int,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """``value``, through an op that raises where a compiled or exported program is out of date.
+
+    What uses the result cannot run without the check.
+
+    Args:
+        value: A small tensor.
+        module, names: As for :class:`Snapshot`.
+        snapshot: Taken when ``value`` was derived.
+        key: See :func:`watch`.
+        positions: See :meth:`Snapshot.stale`.
+    """
+    if not torch.compiler.is_exporting():
+        return torch.ops.las_mm.follows(value, key, positions)
+    if snapshot.expected is None:
+        return value
+    # There the modules are gone, but not their tensors, and not everyone's Python.
+    return ops.unchanged(value, sources(module, names), snapshot.expected, positions)

@@ -255,6 +255,7 @@ class FastBottleneck:
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
         choice = self.choice if torch.compiler.is_compiling() else self.plan(block, x)
+        biases = [block.checked(self.biases[0], x), *self.biases[1:]]
         mask = None
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
         rate = rate_dilated = self.one
@@ -272,7 +273,9 @@ class FastBottleneck:
             rate, rate_dilated = rates.unbind()
         winograd = self.winograd if choice.winograd else None
         if self.masker_channel is not None:
-            return self._skip_channels(block, x, mask, rate, rate_dilated, winograd, in_place)
+            return self._skip_channels(
+                block, x, mask, rate, rate_dilated, biases, winograd, in_place
+            )
         if not torch.compiler.is_exporting():
             block.activation = Activation(rate, rate_dilated, self.one, mask)
         cost, above = choice.winograd_cost, choice.dense_above
@@ -282,7 +285,7 @@ class FastBottleneck:
                 x,
                 mask,
                 self.weights,
-                self.biases,
+                biases,
                 winograd,
                 granularity,
                 self.dilation,
@@ -296,7 +299,7 @@ class FastBottleneck:
             x,
             mask,
             self.weights,
-            self.biases,
+            biases,
             winograd,
             None if self.pool is None else self.pool(x),
             granularity,
@@ -316,6 +319,7 @@ class FastBottleneck:
         mask: Tensor | None,
         rate: Tensor,
         rate_dilated: Tensor,
+        biases: list[Tensor],
         winograd: Tensor | None,
         in_place: bool,
     ) -> Tensor:
@@ -340,7 +344,7 @@ class FastBottleneck:
             block.activation = record() if torch.compiler.is_compiling() else record
         granularity = 1 if mask is None else block.granularity
         cost = self.choice.winograd_cost
-        tensors = (mask, groups.bool(), self.weights, self.biases, self.constants, winograd)
+        tensors = (mask, groups.bool(), self.weights, biases, self.constants, winograd)
         if in_place and len(self.weights) == 3:
             geometry = (granularity, self.dilation, self.groups)
             return ops.channel_bottleneck_(x, *tensors, *geometry, cost, self.excitation)
@@ -465,12 +469,13 @@ class FastStem:
             raise Unsupported(f"there is no kernel for it on {weight.device.type}")
         return cls(ops.pack_stem(weight), bias, conv.in_channels)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
+        """The stem's output for ``x``; ``bias``: :attr:`bias` or a checked copy of it."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"x must have shape (N, {self.in_channels}, H, W), got {list(x.shape)}"
             )
-        return ops.conv_pool_stem(x, self.weight, self.bias)
+        return ops.conv_pool_stem(x, self.weight, bias)
 
 
 @dataclass
@@ -496,5 +501,6 @@ class FastConvStem:
         weight, bias = fold(conv, backbone.norm1)
         return cls(weight.contiguous(memory_format=torch.channels_last), bias.to(weight.dtype))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, stride=2, padding=1).relu_()
+    def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
+        """The stem's output for ``x``; ``bias``: :attr:`bias` or a checked copy of it."""
+        return F.conv2d(x, self.weight, bias, stride=2, padding=1).relu_()

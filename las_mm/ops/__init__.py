@@ -16,6 +16,13 @@ import torch
 
 from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
 from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mask, channel_mean
+from las_mm.ops.contents import (
+    MANY_POSITIONS,
+    PARTS,
+    fingerprint,
+    fingerprints,
+    unchanged,
+)
 from las_mm.ops.convolution import (
     conv1x1_scatter_add_,
     gather_conv3x3,
@@ -28,6 +35,8 @@ from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
 
 __all__ = [
     "LAYER",
+    "MANY_POSITIONS",
+    "PARTS",
     "channel_bottleneck",
     "channel_bottleneck_",
     "channel_mask",
@@ -36,10 +45,13 @@ __all__ = [
     "conv_pool_stem",
     "cpu_isa",
     "dilate_mask",
+    "fingerprint",
+    "fingerprints",
     "gather_conv3x3",
     "has_channel_kernels",
     "has_channel_mask",
     "has_excitation",
+    "has_fingerprint",
     "has_kernels",
     "has_stem_kernel",
     "has_winograd",
@@ -53,6 +65,7 @@ __all__ = [
     "spatial_mask",
     "supports",
     "to_nchw",
+    "unchanged",
 ]
 
 _NATIVE = load_native()
@@ -73,6 +86,7 @@ _SPARSE_OPS = _devices_with("sparse_bottleneck")
 _CHANNELS = _devices_with("channel_bottleneck")
 _CHANNEL_MASK = _devices_with("channel_mask")
 _EXCITATION = _devices_with("channel_mean")  # built with the kernels of channels
+_FINGERPRINT = _devices_with("fingerprint")
 _STEM = _devices_with("conv_pool_stem")
 _WINOGRAD = frozenset({"cpu"})
 
@@ -105,6 +119,11 @@ def has_winograd(device_type: str) -> bool:
 def has_excitation(device_type: str) -> bool:
     """Whether ``sparse_bottleneck`` takes squeeze-and-excitation there."""
     return device_type in _EXCITATION
+
+
+def has_fingerprint(device_type: str) -> bool:
+    """Whether ``fingerprint`` has a native kernel there; else it is too slow for every image."""
+    return device_type in _FINGERPRINT
 
 
 def cpu_isa() -> str:
