@@ -37,6 +37,8 @@ class BlockReport:
         measured_ms: Median of several runs, with the masker.
         channel_granularity: G of a channel or both block, else ``None``.
         rate_channel: Share of channels that it computes, else ``None``.
+        decided_by: What chose that: ``'measured'``, ``'pinned plan'``, ``"runtime='sparse'"``,
+            ``'too small to measure'``, ...; empty where there was no choice.
     """
 
     name: str
@@ -49,6 +51,7 @@ class BlockReport:
     measured_ms: float
     channel_granularity: int | None = None
     rate_channel: float | None = None
+    decided_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ class Explanation:
         channels = any(block.channel_granularity is not None for block in self.blocks)
         columns = ("block", "mode", "S", "rate", "conv1 rate")
         columns += ("G", "channels") if channels else ()
-        for column in (*columns, "runs", "predicted ms", "ms"):
-            table.add_column(column, justify="left" if column in ("block", "runs") else "right")
+        texts = ("block", "runs", "decided by")
+        for column in (*columns, "runs", "decided by", "predicted ms", "ms"):
+            table.add_column(column, justify="left" if column in texts else "right")
 
         def show(value: float | None, digits: int = 0) -> str:
             return "" if value is None else f"{value:.{digits}f}"
@@ -85,6 +89,7 @@ class Explanation:
                 show(b.rate_dilated, 3),
                 *channel,
                 b.choice,
+                b.decided_by,
                 show(b.predicted_ms, 2),
                 show(b.measured_ms, 2),
             )
@@ -99,21 +104,22 @@ class Explanation:
         return capture.get()
 
 
-def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, float | None]:
-    """How ``block`` runs, and the predicted seconds."""
+def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, str, float | None]:
+    """How ``block`` runs, what decided that, and the predicted seconds."""
     fast = block.prepare()
     if fast is None or x.dtype != fast.weights[0].dtype:
         reason = block.no_fast_form or "it has hooks inside, or another dtype than its input"
-        return f"masked-dense: {reason}", None
+        return f"masked-dense: {reason}", "", None
     choice = fast.choice
     if fast.masker_channel is not None:  # the plan times blocks that compute all channels
-        return ("gathered winograd" if choice.winograd else "gathered direct"), None
+        form = "gathered winograd" if choice.winograd else "gathered direct"
+        return form, choice.decided_by, None
     stride = block.conv1_stride * block.conv2_stride
     positions = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
     seconds = choice.predict(rate, positions)
     if rate > choice.dense_above:
-        return "dense", seconds
-    return ("winograd" if choice.winograd else "direct"), seconds
+        return "dense", choice.decided_by, seconds
+    return ("winograd" if choice.winograd else "direct"), choice.decided_by, seconds
 
 
 def explain(model: nn.Module, image: Tensor, quiet: bool = False) -> Explanation:
@@ -186,7 +192,7 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
         activation = block.activation
         rate = float(activation.rate)
         x = image.new_empty((image.shape[0], block.in_channels, geometry.h_in, geometry.w_in))
-        choice, predicted = _choice(block, x, rate)
+        choice, decided_by, predicted = _choice(block, x, rate)
         rows.append(
             BlockReport(
                 name=names[block],
@@ -195,6 +201,7 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
                 rate=rate,
                 rate_dilated=float(activation.rate_dilated),
                 choice=choice,
+                decided_by=decided_by,
                 predicted_ms=None if predicted is None else 1e3 * predicted,
                 measured_ms=measured(block),
                 channel_granularity=(

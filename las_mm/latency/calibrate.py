@@ -8,6 +8,7 @@ fixed product took clearly longer than usual is repeated.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import statistics
@@ -21,7 +22,7 @@ import torch
 
 from las_mm import ops
 from las_mm.fileio import write_atomically
-from las_mm.models.plan import machine
+from las_mm.machine import machine, processor
 
 from .calibrated import CalibratedDevice
 from .fitted import Probes
@@ -29,7 +30,7 @@ from .fitting import Observation, StemObservation, check_libraries, fit
 from .measurement import Measurement, Stopwatch, measure_case
 from .samples import Case, StemCase, draw_cases, stem_cases
 
-_RECORD_FORMAT = 1
+_RECORD_FORMAT = 2
 _MOST_MACS = 12e9  # of a block
 SEED = 1
 CASES, VISITS = 400, 4
@@ -65,14 +66,11 @@ class Settings:
 def here(settings: Settings) -> dict[str, Any]:
     """The machine as a device file describes it."""
     found = machine()
-    processor = found.pop("cpu")
-    if settings.device_type == "cuda":
-        processor = torch.cuda.get_device_name()
-    found.pop("format")
-    found["torch"] = str(found["torch"])  # a subclass of str, which YAML cannot write
+    for key in ("cpu", "format"):
+        found.pop(key)
     return {
         "device": settings.device_type,
-        "processor": processor,
+        "processor": processor(settings.device_type),
         "threads": settings.threads,
         "dtype": settings.dtype,
         **found,
@@ -134,6 +132,7 @@ def measure(
         )
     cases = plan(settings) if cases is None else cases
     known, probes = read_record(record, settings)
+    keys = [case_key(case) for case in cases]
     if probes is None:
         probes = measure_probes(settings)
         lines = [settings.header(), {"probes": asdict(probes)}]
@@ -144,7 +143,7 @@ def measure(
         (visit, i)
         for visit in range(settings.visits)
         for i in range(len(cases))
-        if (visit, i) not in known
+        if (visit, keys[i]) not in known
     ]
     progress(total - len(left), total)
     if left:
@@ -156,13 +155,14 @@ def measure(
                 found = stopwatch.undisturbed(
                     lambda: measure_case(case, stopwatch, dtype, settings.device_type)  # noqa: B023
                 )
-                known[visit, i] = found
-                file.write(json.dumps({"visit": visit, "case": i, **asdict(found)}) + "\n")
+                known[visit, keys[i]] = found
+                line = {"visit": visit, "case": keys[i], **asdict(found)}
+                file.write(json.dumps(line) + "\n")
                 file.flush()
                 progress(done, total)
     blocks, stems = [], []
     for i, case in enumerate(cases):
-        visits = [known[visit, i] for visit in range(settings.visits)]
+        visits = [known[visit, keys[i]] for visit in range(settings.visits)]
         seconds = statistics.median(s for visit in visits for s in visit.seconds)
         if isinstance(case, StemCase):
             stems.append(StemObservation(case, seconds))
@@ -181,6 +181,12 @@ def measure(
     return Observed(blocks, stems, probes)
 
 
+def case_key(case: Case | StemCase) -> str:
+    """What a case is, as a record names it: another one as soon as anything about it changes."""
+    text = json.dumps([type(case).__name__, asdict(case)], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def recorded_settings(path: Path) -> Settings:
     """What a record was measured with.
 
@@ -197,8 +203,8 @@ def recorded_settings(path: Path) -> Settings:
 
 def read_record(
     path: Path, settings: Settings
-) -> tuple[dict[tuple[int, int], Measurement], Probes | None]:
-    """The measurements of an interrupted calibration, by visit and case, and its probes.
+) -> tuple[dict[tuple[int, str], Measurement], Probes | None]:
+    """The measurements of an interrupted calibration, by visit and case's key, and its probes.
 
     A last line that was cut off is dropped, from the file too.
 
@@ -210,7 +216,7 @@ def read_record(
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     way_out = "delete it, or start anew with --restart"
-    found: dict[tuple[int, int], Measurement] = {}
+    found: dict[tuple[int, str], Measurement] = {}
     header: Any = None
     probes: Probes | None = None
     for number, line in enumerate(whole.splitlines(), 1):

@@ -181,8 +181,8 @@ class CalibratedDevice:
     def warn_if_stale(self, here: Mapping[str, Any], path: Path) -> None:
         """Say once per file and process if it was measured on something else than ``here``."""
         other = [
-            f"{key} {self.machine[key]!r}, here {here[key]!r}"
-            for key in ("processor", "isa", "threads", "las_mm")
+            f"{key} {self.machine.get(key)!r}, here {here[key]!r}"
+            for key in ("processor", "isa", "threads", "las_mm", "kernels")
             if key in here and self.machine.get(key) != here[key]
         ]
         if other:

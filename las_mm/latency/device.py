@@ -218,7 +218,7 @@ def _parse(path: Path) -> AnyDevice:
         )
     if content.get("kind") == "calibrated":
         device = parse_calibrated(path, content)
-        device.warn_if_stale(_here(), path)
+        device.warn_if_stale(_here(device.machine.get("device", "cpu")), path)
         device.warn_if_poor(path)
         return device
     unknown = [str(key) for key in content if key not in known]
@@ -243,13 +243,14 @@ def _parse(path: Path) -> AnyDevice:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _here() -> dict[str, Any]:
+def _here(device_type: str) -> dict[str, Any]:
     """What of this process a calibration can be compared with; little where torch is not loaded."""
     if "torch" not in sys.modules:
         return {}
-    from las_mm.models.plan import machine
+    from las_mm.machine import machine, processor
 
-    return {**machine(), "threads": sys.modules["torch"].get_num_threads()}
+    threads = sys.modules["torch"].get_num_threads()
+    return {**machine(), "processor": processor(device_type), "threads": threads}
 
 
 def _entry(path: Path, key: str, entry: Any) -> tuple[Any, str]:

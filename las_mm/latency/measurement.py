@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from las_mm import ops
 from las_mm.benchmark.masks import draw_channel_masks, draw_masks
+from las_mm.memory import Eviction
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.regnet import DynamicRegNetBlock
 
 from .samples import Case, StemCase
 from .shapes import BlockShape
 
-_EVICT_BYTES = 64 << 20  # read and written between two runs; more than the caches of most machines
 _PROBE_SIDE, _PROBE_CALLS = 384, 3  # a product that always takes the same time, about 1 ms
 _DISTURBED, _ATTEMPTS = 1.25, 3
 _FEWEST_RUNS, _MOST_RUNS, _ENOUGH_S = 3, 9, 0.02  # of one visit; a case is visited several times
@@ -59,7 +59,7 @@ class Stopwatch:
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
-        self._evict = torch.zeros(_EVICT_BYTES // 4, device=device_type)
+        self._evict = Eviction(device_type)
         self._probe = torch.rand(_PROBE_SIDE, _PROBE_SIDE, device=device_type)
         self._usual: deque[float] = deque(maxlen=101)
         self._wait = torch.cuda.synchronize if device_type == "cuda" else lambda: None
@@ -102,7 +102,7 @@ class Stopwatch:
         while len(seconds) <= _FEWEST_RUNS or (
             len(seconds) <= _MOST_RUNS and sum(seconds[1:]) < _ENOUGH_S
         ):
-            self._evict.add_(1.0)
+            self._evict()
             prepare()
             warm()
             self._wait()

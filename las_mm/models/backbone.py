@@ -30,6 +30,10 @@ class DynamicBackbone(nn.Module):
     Attributes:
         settings: How every block skips, [stage][block].
         fast_stem: Class of the stem's fast form.
+        runtime: How blocks run in eval mode without gradients: ``'auto'``, each in the form that
+            the plan says is the fastest on this machine, measured when it is first met;
+            ``'sparse'``, on the sparse path, without measuring; ``'dense'``, masked-dense, as in
+            training. It may be changed at any time.
     """
 
     settings: tuple[tuple[BlockSettings, ...], ...]
@@ -43,7 +47,7 @@ class DynamicBackbone(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(N, C, H, W) -> the feature maps of ``out_indices``; any H and W."""
         self._input_hw = (x.shape[-2], x.shape[-1])
-        if not self.training and sparse.wanted(x):
+        if not self.training and self.runtime != "dense" and sparse.wanted(x):
             return self._infer(x)
         return super().forward(x)
 
@@ -95,7 +99,7 @@ class DynamicBackbone(nn.Module):
         Raises:
             RuntimeError: Inside ``torch.compile`` or ``torch.export`` before the first call.
         """
-        if self.fast_stem is None:
+        if self.fast_stem is None or self.runtime == "dense":
             return None
         if torch.compiler.is_compiling():
             if self._snapshot is None:
@@ -166,6 +170,19 @@ class DynamicBackbone(nn.Module):
     def granularity(self) -> list[list[int]]:
         """Side S of a patch, [stage][block]."""
         return [[block.granularity for block in blocks] for blocks in self.settings]
+
+    @property
+    def runtime(self) -> str:
+        """See the class."""
+        return self.__dict__.get("_runtime", "auto")
+
+    @runtime.setter
+    def runtime(self, value: str) -> None:
+        if value not in sparse.RUNTIMES:
+            raise ValueError(f"runtime must be one of {', '.join(sparse.RUNTIMES)}, got {value!r}")
+        self._runtime = value
+        for block in self.blocks():
+            block.runtime = value
 
     def blocks(self) -> list[DynamicBlock]:
         """All blocks in network order."""

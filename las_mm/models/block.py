@@ -35,11 +35,14 @@ class DynamicBlock(nn.Module):
 
     Attributes:
         mode, granularity, channel_granularity, channel_position: See :class:`BlockSettings`.
+        runtime: See :class:`~las_mm.models.backbone.DynamicBackbone`.
         masker: Decides about patches or the whole block; ``None`` in other modes.
         masker_channel: Decides about channels; ``None`` in other modes.
         activation: What the last forward pass did; ``None`` before the first.
         no_fast_form: Why the block runs masked-dense; ``None`` if it does not.
     """
+
+    runtime = "auto"
 
     def make_dynamic(self, settings: BlockSettings) -> None:
         """Give the block the maskers of ``settings``; those it had are dropped.
@@ -91,7 +94,7 @@ class DynamicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
-        if not self.training and sparse.wanted(x):
+        if not self.training and self.runtime != "dense" and sparse.wanted(x):
             return self.infer(x)
         return self._forward(x)
 
@@ -124,6 +127,8 @@ class DynamicBlock(nn.Module):
         if self.stale(positions):
             self._made_for = self._settings()
             try:
+                if self.runtime == "dense":
+                    raise sparse.Unsupported("runtime='dense'")
                 self._fast = self._make_fast()
                 self.no_fast_form = None
             except sparse.Unsupported as reason:
@@ -150,6 +155,7 @@ class DynamicBlock(nn.Module):
 
     def _settings(self) -> tuple:
         return (
+            self.runtime,
             self.mode,
             self.granularity,
             self.masker,

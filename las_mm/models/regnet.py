@@ -75,7 +75,8 @@ class LASRegNet(DynamicBackbone, RegNet):
             with ``'regnety'``, or a dict of ``w0``, ``wa``, ``wm``, ``group_w``, ``depth`` and
             ``bot_mul`` as mmpretrain's ``RegNet`` takes it, and optionally ``se_ratio``.
         mode, granularity, freeze_maskers, channel_granularity, channel_masker,
-            channel_masker_layers, channel_reduction, channel_position: See :class:`LASResNet`.
+            channel_masker_layers, channel_reduction, channel_position, runtime: See
+            :class:`LASResNet`.
         se_pool: What squeeze-and-excitation averages over: ``'kept'`` positions, with which
             dropped ones need not be computed, or ``'all'``, as the released checkpoints were
             trained; spatial blocks then have no sparse form. Defaults to ``'kept'``.
@@ -122,6 +123,7 @@ class LASRegNet(DynamicBackbone, RegNet):
         channel_reduction: int | Sequence = 16,
         channel_position: str | Sequence = "after_act",
         se_pool: str = "kept",
+        runtime: str = "auto",
         **kwargs,
     ) -> None:
         settings = self._settings_of(arch)
@@ -154,6 +156,7 @@ class LASRegNet(DynamicBackbone, RegNet):
                 )
         self.freeze_maskers = freeze_maskers
         super().__init__(settings, **kwargs)
+        self.runtime = runtime
         self._register_load_state_dict_pre_hook(_convert_on_load)
 
     def _settings_of(self, arch: str | dict) -> dict:

@@ -50,6 +50,8 @@ class LASResNet(DynamicBackbone, ResNet):
         freeze_maskers: Whether ``frozen_stages`` freezes the maskers of these stages too. Set it
             to ``False`` to train the maskers of frozen, statically pretrained stages.
             Defaults to ``True``.
+        runtime: ``'auto'``, ``'sparse'`` or ``'dense'``: how blocks run in eval mode, see
+            :class:`~las_mm.models.backbone.DynamicBackbone`. Defaults to ``'auto'``.
         kwargs: Arguments of the parent: ``out_indices``, ``frozen_stages``, ``norm_eval``,
             ``with_cp``, ``style``, ``deep_stem``, ``avg_down``, ``base_channels``, ...
 
@@ -86,6 +88,7 @@ class LASResNet(DynamicBackbone, ResNet):
         channel_masker_layers: int | Sequence = 2,
         channel_reduction: int | Sequence = 16,
         channel_position: str | Sequence = "after_act",
+        runtime: str = "auto",
         **kwargs,
     ) -> None:
         if depth not in self.arch_settings:
@@ -107,6 +110,7 @@ class LASResNet(DynamicBackbone, ResNet):
         check_stages(num_stages, kwargs)
         self.freeze_maskers = freeze_maskers
         super().__init__(depth, **kwargs)
+        self.runtime = runtime
 
     def _dense_stem(self, x: Tensor) -> Tensor:
         if self.deep_stem:

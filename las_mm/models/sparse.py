@@ -25,6 +25,7 @@ PREPARE_FIRST = (
     "the fast form has to exist before torch.compile or torch.export: call "
     "las_mm.prepare(model.eval()) first"
 )
+RUNTIMES = ("auto", "sparse", "dense")
 _masked_dense = False  # set by masked_dense()
 
 
@@ -235,7 +236,10 @@ class FastBottleneck:
         if choice is not None:
             self.choice = choice
             return choice
-        choice = current_plan().lookup(self.kind(x), x.device.type)
+        if block.runtime == "sparse":
+            choice = Choice(winograd=self.winograd is not None, decided_by="runtime='sparse'")
+        else:
+            choice = current_plan().lookup(self.kind(x), x.device.type)
         if not choice.winograd and not self.weights[1].numel():
             weight, _, groups = _fold_block(block)[1]
             self.weights[1] = ops.pack_conv(weight, groups)

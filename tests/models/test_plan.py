@@ -1,13 +1,20 @@
 """The plan: which form of a block runs, measured once and kept in a file."""
 
 import json
+import logging
+import subprocess
+import sys
+import threading
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from las_mm import ops
-from las_mm.models import plan, sparse
+from las_mm import machine, ops, preflight
+from las_mm.explanation import explain
+from las_mm.models import LASRegNet, plan, sparse, timing
 from las_mm.models.plan import BlockKind, Choice, Plan, Timing, choose, map_side
 from las_mm.models.resnet import LASResNet
 
@@ -50,7 +57,10 @@ def test_measured_once_and_kept_in_a_file(tmp_path, counted):
     assert len(json.loads(first.path.read_text())["seconds"]) == 2
 
 
-@pytest.mark.parametrize("key, value", [("cpu", "another"), ("las_mm", "0.0.1"), ("isa", "mmx")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("cpu", "another"), ("las_mm", "0.0.1"), ("isa", "mmx"), ("kernels", "0123456789ab")],
+)
 def test_file_of_another_machine_is_replaced(tmp_path, counted, key, value):
     path = tmp_path / "plan.json"
     Plan(path).lookup(KIND)
@@ -59,7 +69,7 @@ def test_file_of_another_machine_is_replaced(tmp_path, counted, key, value):
     path.write_text(json.dumps(content))
     Plan(path).lookup(KIND)
     assert len(counted) == 2
-    assert json.loads(path.read_text())["machine"] == plan.machine()
+    assert json.loads(path.read_text())["machine"] == machine.machine()
 
 
 @pytest.mark.parametrize(
@@ -75,13 +85,13 @@ def test_file_of_another_machine_is_replaced(tmp_path, counted, key, value):
 )
 def test_corrupt_file_is_measured_anew(tmp_path, counted, content):
     path = tmp_path / "plan.json"
-    machine = json.dumps(plan.machine())
-    path.write_text(content.replace("MACHINE", machine).replace("KEY", KIND.key))
+    here = json.dumps(machine.machine())
+    path.write_text(content.replace("MACHINE", here).replace("KEY", KIND.key))
     Plan(path).lookup(KIND)
     assert counted == [KIND]
     assert Plan(path).lookup(KIND).timing is not None
     assert len(counted) == 1
-    assert list(tmp_path.iterdir()) == [path]  # no draft left behind
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".plan.json.lock", path]  # no draft left
 
 
 def test_two_processes_add_to_one_file(tmp_path, counted):
@@ -199,3 +209,221 @@ def test_only_a_cpu_is_measured(tmp_path):
     plan = Plan(tmp_path / "plan.json")
     assert plan.lookup(KIND, "cuda") == Choice(winograd=False)
     assert not plan.path.exists()
+
+
+# Which library it was measured with ---------------------------------------------------------------
+
+
+def test_machine_changes_with_the_compiled_library(tmp_path, monkeypatch):
+    """The version string stays when kernels change."""
+    ids = set()
+    for content in (b"some kernels", b"others"):
+        library = tmp_path / "_C.so"
+        library.write_bytes(content)
+        monkeypatch.setitem(sys.modules, "las_mm._C", SimpleNamespace(__file__=str(library)))
+        machine.kernels_id.cache_clear()
+        ids.add(machine.machine()["kernels"])
+    monkeypatch.undo()
+    machine.kernels_id.cache_clear()
+    ids.add(machine.machine()["kernels"])
+    assert len(ids) == 3
+
+
+def test_machine_without_native_ops(monkeypatch):
+    monkeypatch.delitem(sys.modules, "las_mm._C", raising=False)
+    monkeypatch.setattr(machine.ops, "native_available", lambda: False)
+    machine.kernels_id.cache_clear()
+    found = machine.machine()
+    machine.kernels_id.cache_clear()
+    assert (found["isa"], found["kernels"]) == ("none", "none")
+
+
+# Measured as inside a network ---------------------------------------------------------------------
+
+
+@needs_native
+def test_every_run_is_timed_with_cold_weights(monkeypatch):
+    log = []
+
+    class Eviction:
+        def __call__(self):
+            log.append("evict")
+
+    monkeypatch.setattr(timing, "Eviction", Eviction)
+    runs = {}
+    original = timing._Forms.__init__
+
+    def spied(self, kind):
+        original(self, kind)
+        name = "small" if runs else "block"
+        runs[name] = self.runs = [
+            lambda i=i, run=run, name=name: (log.append((name, i)), run())
+            for i, run in enumerate(self.runs)
+        ]
+        refill = self.refill
+        self.refill = lambda: (log.append("refill"), refill())
+
+    monkeypatch.setattr(timing._Forms, "__init__", spied)
+    timing.measure(replace(KIND, c_in=32, width=16, c_out=32, side=7))
+    turn = [["evict", "refill", ("small", i), ("block", i)] for i in range(5)]
+    assert log == sum(turn, []) * (len(log) // 20)
+
+
+# Processes that share a file ----------------------------------------------------------------------
+
+
+def test_another_process_is_waited_for_and_its_result_used(tmp_path, counted):
+    mine, path = Plan(tmp_path / "plan.json"), tmp_path / "plan.json"
+    other = Plan(path)
+    with other._alone():
+        waiting = threading.Thread(target=mine.lookup, args=(KIND,))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and not counted  # it does not measure meanwhile
+        other._timings = {KIND.key: Timing(dense=1.0, direct=(1.0, 2.0), winograd=None)}
+        other._write()
+    waiting.join(30)
+    assert not counted
+    assert mine.lookup(KIND).timing == other._timings[KIND.key]
+
+
+def test_a_file_that_stays_locked_costs_the_measurement_not_the_run(tmp_path, counted, said):
+    mine, other = Plan(tmp_path / "plan.json"), Plan(tmp_path / "plan.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_PATIENCE_S", 0.1)
+        with other._alone():
+            assert mine.lookup(KIND) == Choice(winograd=True)
+            assert mine.lookup(replace(KIND, threads=2)).decided_by == "default"
+    assert not counted and not mine.path.exists()
+    assert len(said) == 1 and ".plan.json.lock" in said[0]
+
+
+def test_ranks_that_start_together_measure_once(tmp_path):
+    """Real processes: each would need a second for a measurement of its own."""
+    code = """
+import sys, time
+from pathlib import Path
+from las_mm.models import plan
+def measure(kind):
+    with open(sys.argv[2], "a") as file:
+        file.write("measured\\n")
+    time.sleep(1)
+    return plan.Timing(dense=2.0, direct=(0.5, 2.5), winograd=None)
+plan.measure = measure
+kind = plan.BlockKind(256, 64, 256, (1, 1), 1, 1, False, "float32", 1, 14)
+print(plan.Plan(Path(sys.argv[1])).lookup(kind).timing)
+"""
+    files = [str(tmp_path / name) for name in ("plan.json", "log")]
+    command = [sys.executable, "-c", code, *files]
+    root = str(Path(__file__).resolve().parents[2])
+    ranks = [
+        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert outs[0].splitlines()[-1] == outs[1].splitlines()[-1]
+    assert (tmp_path / "log").read_text() == "measured\n"
+
+
+# Pinned -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+
+    def record(text, logger, level=logging.INFO):
+        if level >= logging.WARNING:
+            lines.append(text)
+
+    monkeypatch.setattr(plan, "print_log", record)
+    return lines
+
+
+@pytest.fixture
+def pinned(tmp_path, monkeypatch, counted):
+    path = tmp_path / "mine.json"
+    Plan(path).lookup(KIND)
+    counted.clear()
+    monkeypatch.setenv("LAS_MM_PLAN", str(path))
+    monkeypatch.setattr(plan, "_plan", None)
+    return path
+
+
+def test_pinned_plan_is_read_only(pinned, counted, said):
+    before = pinned.read_bytes()
+    known = plan.current_plan().lookup(KIND)
+    assert known.timing == Timing(dense=2.0, direct=(0.5, 2.5), winograd=(0.4, 1.9))
+    assert known.decided_by == "pinned plan" and not said
+    for width in (128, 512):
+        unknown = plan.current_plan().lookup(replace(KIND, width=width))
+        assert unknown == Choice(winograd=True)
+    assert len(said) == 1 and "width=128" in said[0] and "LAS_MM_PLAN" in said[0]
+    assert not counted and pinned.read_bytes() == before
+
+
+def test_pinned_plan_of_another_machine_decides_the_same(pinned, counted, said):
+    content = json.loads(pinned.read_text())
+    content["machine"]["cpu"] = "another"
+    pinned.write_text(json.dumps(content))
+    assert plan.current_plan().lookup(KIND).timing.dense == 2.0
+    assert len(said) == 1 and "another machine" in said[0] and not counted
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"machine": {}}', '{"seconds": {"a": 1}}'])
+def test_pinned_plan_that_cannot_be_read(pinned, content):
+    pinned.unlink() if content is None else pinned.write_text(content)
+    with pytest.raises(preflight.UserError, match="LAS_MM_PLAN=.*mine.json is no readable plan"):
+        plan.current_plan().lookup(KIND)
+
+
+# The switch ---------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("make", [LASResNet, LASRegNet])
+def test_runtime(monkeypatch, make):
+    looked_up = []
+
+    class Spy:
+        def lookup(self, kind, device_type="cpu"):
+            looked_up.append(kind)
+            return Choice(winograd=False, dense_above=0.0, decided_by="measured")
+
+    monkeypatch.setattr(sparse, "current_plan", Spy)
+    torch.manual_seed(0)
+    kwargs = dict(runtime="sparse", out_indices=(0, 1, 2, 3))
+    if make is LASResNet:
+        net = make(50, base_channels=8, stem_channels=8, **kwargs).eval()
+    else:
+        net = make("regnetx_400mf", **kwargs).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        found = {"sparse": net(x)}
+        assert not looked_up
+        assert {block._fast.choice.decided_by for block in net.blocks()} == {"runtime='sparse'"}
+        for runtime in ("auto", "dense"):
+            net.runtime = runtime
+            assert {block.runtime for block in net.blocks()} == {runtime}
+            found[runtime] = net(x)
+            assert len(looked_up) == len(net.blocks())
+        with sparse.masked_dense():
+            want = net(x)
+    for outs in found.values():
+        for out, other in zip(outs, want):
+            assert (out - other).abs().max() <= 1e-4 * other.abs().max()
+    assert all(torch.equal(out, other) for out, other in zip(found["dense"], want))
+    rows = explain(net, x, quiet=True).blocks
+    assert {row.choice for row in rows} - {""} == {"masked-dense: runtime='dense'"}
+    net.runtime = "auto"
+    rows = [row for row in explain(net, x, quiet=True).blocks if row.name != "stem"]
+    assert {row.decided_by for row in rows} == {"measured"}
+
+
+def test_unknown_runtime():
+    with pytest.raises(ValueError, match="runtime must be one of auto, sparse, dense, got 'fast'"):
+        LASResNet(50, runtime="fast")
+    net = LASResNet(50, base_channels=8, stem_channels=8)
+    with pytest.raises(ValueError, match="got None"):
+        net.runtime = None
+    assert net.runtime == "auto"
