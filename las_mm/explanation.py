@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +73,8 @@ class Explanation:
         channels = any(block.channel_granularity is not None for block in self.blocks)
         columns = ("block", "mode", "S", "rate", "conv1 rate")
         columns += ("G", "channels") if channels else ()
-        texts = ("block", "runs", "decided by")
-        for column in (*columns, "runs", "decided by", "predicted ms", "ms"):
-            table.add_column(column, justify="left" if column in texts else "right")
+        for column in (*columns, "runs", "predicted ms", "ms"):
+            table.add_column(column, justify="left" if column in ("block", "runs") else "right")
 
         def show(value: float | None, digits: int = 0) -> str:
             return "" if value is None else f"{value:.{digits}f}"
@@ -89,10 +89,13 @@ class Explanation:
                 show(b.rate_dilated, 3),
                 *channel,
                 b.choice,
-                b.decided_by,
                 show(b.predicted_ms, 2),
                 show(b.measured_ms, 2),
             )
+        reasons = Counter(b.decided_by for b in self.blocks if b.decided_by)
+        if reasons:
+            told = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+            table.caption = f"decided by: {told}"
         table.add_section()
         table.add_row("total", *[""] * (len(table.columns) - 2), show(self.measured_ms, 2))
         return table

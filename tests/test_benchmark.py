@@ -367,7 +367,6 @@ def test_engines_that_cannot_run_are_named(benchmark, refusal, monkeypatch):
         (("--threads", -1), ("--rate", 0.5), "-1"),
         (("--mode", "tokens"), ("--rate", 0.5), "tokens"),
         (("--mode", "both", "--channel-rate", 1.5), ("--rate", 0.5), "1.5"),
-        (("--mode", "both", "--device", "cuda", "--engines"), ("--rate", 0.5), "skip channels"),
         (("--plot", "x.txt"), ("--rate", 0.5), "x.txt"),
         (("--images", "x"), ("--rate", 0.5), "--images"),
         (("--whole-model", "--dtype", "bf16"), ("--rate", 0.5), "bf16"),
@@ -454,3 +453,23 @@ def test_refusals_of_the_config(refusal, config):
     assert "LASResNet" in refusal()
     config.write_text(CONFIG.replace("depth=50", "depth=51"))
     assert "51" in refusal()
+
+
+@pytest.mark.parametrize("mode", ["channel", "both"])
+def test_a_gpu_runs_networks_that_skip_channels(benchmark, fake_gpu, mode):
+    fake_gpu()
+    ours = ("las_mm", "las_mm-tf32", "las_mm-graph", "las_mm-graph-tf32")
+    result = benchmark("--device", "cuda", "--mode", mode, "--engines", "eager-nhwc", *ours)
+    assert result["environment"]["mode"] == [mode]
+    times = {row["engine"]: row["median_ms"] for row in result["rows"]}
+    assert set(ours) < set(times) and min(times.values()) > 0
+    assert "roofline" not in json.dumps(result)  # no floor is known for them
+
+
+@pytest.mark.parametrize("mode", ["channel", "both"])
+def test_a_gpu_without_the_kernels_that_skip_channels(fake_gpu, refusal, tool, monkeypatch, mode):
+    fake_gpu()
+    monkeypatch.setattr(tool.ops, "has_channel_kernels", lambda device: False)
+    message = refusal("--device", "cuda", "--mode", mode, "--engines")
+    assert f"--mode {mode} needs the kernels that skip channels" in message
+    assert "FORCE_CUDA=1 pip install" in message

@@ -32,6 +32,10 @@ def test_rows_and_table(model, capsys):
     printed = capsys.readouterr().out
     assert "LASResNet-50 on 1x3x64x96" in printed and "layer4.2" in printed
     assert "layer4.2" in str(explanation)
+    reasons = [row.decided_by for row in explanation.blocks[1:]]
+    assert set(reasons) == {"measured", "too small to measure"}
+    for reason in set(reasons):
+        assert f"{reason} ({reasons.count(reason)})" in str(explanation)
 
 
 def test_prediction_where_the_block_is_large_enough(model):

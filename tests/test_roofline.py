@@ -204,3 +204,13 @@ def test_the_tool():
         assert word in done.stdout
     done = run_tool("--shape", 1, 3, 64, 64, "--rate", 1.5)
     assert done.returncode and "1.5" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["channel", "both"])
+def test_modes_without_a_floor_are_one_sentence(mode):
+    command = [sys.executable, str(ROOT / "tools" / "roofline.py"), "--mode", mode, "--rate", "0.5"]
+    command += ["--shape", "1", "3", "64", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith(f"roofline.py: error: --mode {mode}: no floor is known")
+    assert done.stderr.count("\n") == 1 and "use --mode spatial, layer or static" in done.stderr

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from las_mm import ops
 from las_mm.benchmark import contest, cuda_engines, engines, masks, report, roofline
 from las_mm.benchmark.subject import DTYPES, Candidate, Subject, load_candidate, make_subject
 from las_mm.benchmark.whole_model import build_whole
@@ -129,11 +130,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--whole-model needs --dtype fp32 on --device cpu, got {args.dtype} on {args.device}"
         )
-    if args.device == "cuda" and args.mode in ("channel", "both"):
-        raise UserError(
-            f"--mode {args.mode} needs --device cpu: no kernels skip channels on a GPU yet"
-        )
     args.known.check(args.dtype)
+    if args.mode in ("channel", "both") and not ops.has_channel_kernels(args.known.device):
+        raise UserError(
+            f"--mode {args.mode} needs the kernels that skip channels on {args.device}, which are "
+            "not built: FORCE_CUDA=1 pip install -e . --no-build-isolation"
+        )
 
 
 def check_engines(args: argparse.Namespace) -> None:

@@ -73,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = resnet_shape(args.depth, (height, width), args.mode, args.granularity)
     except ValueError as error:
         sys.exit(f"roofline.py: error: {error}")
+    if shape.blocks[-1].has_channels:
+        sys.exit(
+            f"roofline.py: error: --mode {args.mode}: no floor is known for blocks that skip "
+            "channels, as how much they read depends on each image's choice; use --mode spatial, "
+            "layer or static"
+        )
     drawn = masks.draw_masks(shape.blocks, batch, args.rate, args.masks, args.seed)
     shares = roofline.mask_shares(shape.blocks, drawn)
     dynamic = roofline.network_kernels(shape, batch, args.dtype, *shares)

@@ -59,6 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 PARTS = ("blocks", "networks", "search")
+PART = "<!-- validation: {} -->"
 
 
 def read_device(name: str) -> CalibratedDevice:
@@ -95,6 +96,32 @@ def check_target(path: Path | None) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"--write {path} must hold the markers {BEGIN} and {END}, once each")
     return text
+
+
+def merge(text: str, found: dict[str, list[str]], path: Path) -> str:
+    """The Markdown file with the parts that were measured, the others as they are.
+
+    Raises:
+        UserError: The file does not say which of its tables belong to which part.
+    """
+    before, rest = text.split(BEGIN)
+    old, after = rest.split(END)
+    kept: dict[str, str] = {}
+    for part in reversed(PARTS):
+        head, marker, section = old.partition(PART.format(part))
+        if marker:
+            kept[part], old = section.strip("\n"), head
+    if old.strip() and set(found) != set(PARTS):
+        raise UserError(
+            f"--write {path}: its tables do not say which parts they are, so the others than "
+            f"{', '.join(found)} would be lost; measure all parts once (leave --parts out)"
+        )
+    new = []
+    for part in PARTS:
+        section = "\n".join(found[part]).strip("\n") if part in found else kept.get(part)
+        if section:
+            new.append(f"{PART.format(part)}\n{section}\n")
+    return before + BEGIN + "\n" + "\n".join(new) + END + after
 
 
 def block_table(results: BlockResults) -> list[str]:
@@ -199,7 +226,10 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     console.print(device.note, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    lines = [f"Measured with `tools/validate_latency.py`; {device.note}.", ""]
+    head = [f"Measured with `tools/validate_latency.py`; {device.note}.", ""]
+    found: dict[str, list[str]] = {}
+    if args.write is not None:
+        merge(text, dict.fromkeys(args.parts, []), args.write)  # before minutes of measuring
     blocks, networks = None, []
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         if "blocks" in args.parts:
@@ -231,29 +261,27 @@ def run(args: argparse.Namespace) -> None:
             except (ValueError, RuntimeError, OSError) as error:
                 raise UserError(str(error)) from error
             record.replace(measured)
-            lines += [*block_table(blocks), ""]
+            found["blocks"] = head + block_table(blocks)
         if "networks" in args.parts:
             networks_task = bar.add_task("networks")
             networks = validate_networks(
                 device,
                 progress=lambda done, total: bar.update(networks_task, completed=done, total=total),
             )
-            lines += [*network_table(networks), ""]
+            found["networks"] = head + network_table(networks)
         if "search" in args.parts:
             search_task = bar.add_task("searches", total=len(SEARCHES))
+            found["search"] = list(head)
             for depth, shape in SEARCHES:
-                lines += [*search_table(validate_search(device, depth, shape)), ""]
+                found["search"] += [*search_table(validate_search(device, depth, shape)), ""]
                 bar.advance(search_task)
-    print("\n".join(lines))
+    print("\n\n".join("\n".join(lines) for lines in found.values()))
     if args.write is not None:
         if blocks is not None:
             picture = args.write.with_suffix(".png")
             draw(blocks, networks, picture)
-            lines += [f"![predicted against measured]({picture.name})", ""]
-        before, rest = text.split(BEGIN)
-        after = rest.split(END)[1]
-        new = before + BEGIN + "\n" + "\n".join(lines) + END + after
-        write_atomically(args.write, new.encode())
+            found["blocks"] += ["", f"![predicted against measured]({picture.name})"]
+        write_atomically(args.write, merge(text, found, args.write).encode())
 
 
 def main(argv: list[str] | None = None) -> None:

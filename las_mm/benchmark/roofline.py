@@ -196,7 +196,9 @@ def block_kernels(
         ValueError: The block skips channels.
     """
     if block.has_channels:
-        raise ValueError(f"there are no kernels that skip channels, {block.name} is {block.label}")
+        raise ValueError(
+            f"no floor is known for blocks that skip channels, {block.name} is {block.label}"
+        )
     size, stage = BYTES[precision], block.stage
     if block.mode == "static":
         rate = halo = 1.0

@@ -68,7 +68,10 @@ def predict(
     """
     device = load_device(device)
     batch, size = _split(input_shape)
-    if rates is None and not isinstance(source, NetworkShape) and not _is_config(source):
+    is_model = not isinstance(source, NetworkShape) and not _is_config(source)
+    if is_model and rates is not None and size is None:
+        size = _backbone_of(source)._input_hw
+    if is_model and rates is None:
         rates, recorded, channel, size = _recorded(source, size)
         rates_dilated = recorded if rates_dilated is None else rates_dilated
         rates_channel = channel if rates_channel is None else rates_channel

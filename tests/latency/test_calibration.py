@@ -188,6 +188,42 @@ def test_stale_calibration_warns_once(fitted, tmp_path, monkeypatch):
     assert "threads 77, here" in messages[0]
 
 
+@pytest.mark.parametrize("key", ["processor", "kernels", "isa", "las_mm"])
+def test_calibration_of_something_else_warns(fitted, tmp_path, monkeypatch, key):
+    messages = []
+    monkeypatch.setattr("mmengine.logging.print_log", lambda text, **_: messages.append(text))
+    path = tmp_path / "mine.yaml"
+    path.write_text(replace(fitted, machine={**fitted.machine, key: "another"}).to_yaml())
+    load_device(path)
+    assert len(messages) == 1
+    assert f"{key} 'another', here" in messages[0] and "run tools/calibrate.py" in messages[0]
+
+
+def test_calibration_from_before_kernels_were_named_warns(fitted, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("mmengine.logging.print_log", lambda text, **_: messages.append(text))
+    path = tmp_path / "mine.yaml"
+    machine = {key: value for key, value in fitted.machine.items() if key != "kernels"}
+    path.write_text(replace(fitted, machine=machine).to_yaml())
+    load_device(path)
+    assert len(messages) == 1 and "kernels None, here" in messages[0]
+
+
+def test_calibration_of_a_gpu_is_compared_with_the_gpu(fitted, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("mmengine.logging.print_log", lambda text, **_: messages.append(text))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    path = tmp_path / "mine.yaml"
+    machine = {**fitted.machine, "device": "cuda", "processor": "NVIDIA H100"}
+    path.write_text(replace(fitted, machine=machine).to_yaml())
+    load_device(path)
+    assert not messages
+    path.write_text(replace(fitted, machine={**machine, "processor": "NVIDIA T4"}).to_yaml())
+    load_device(path)
+    assert len(messages) == 1 and "processor 'NVIDIA T4', here 'NVIDIA H100'" in messages[0]
+
+
 def test_poor_calibration_warns_once(fitted, tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr("mmengine.logging.print_log", lambda text, **_: messages.append(text))
@@ -365,6 +401,31 @@ def test_interrupted_calibration_resumes(few, tmp_path):
     expected = [imagined(case).seconds[0] for case in cases]
     assert [o.seconds for o in observed.blocks] == expected
     assert all(json.loads(line) for line in record.read_text().splitlines())
+
+
+def test_a_record_knows_its_cases_by_what_they_are(few, tmp_path):
+    """A drawing that changes takes no seconds of other cases, one in another order takes all."""
+    cases, count = few
+    record, settings = tmp_path / "record.jsonl", Settings(visits=1)
+    measure(settings, record, cases=cases)
+    count[0] = 0
+    observed = measure(settings, record, cases=cases[::-1])
+    assert count[0] == 0
+    assert [o.seconds for o in observed.blocks] == [imagined(c).seconds[0] for c in cases[::-1]]
+    changed = [replace(cases[0], batch=cases[0].batch + 1), *cases[1:]]
+    observed = measure(settings, record, cases=changed)
+    assert count[0] == 1
+    assert [o.seconds for o in observed.blocks] == [imagined(c).seconds[0] for c in changed]
+
+
+def test_record_of_other_kernels_is_refused(few, tmp_path, monkeypatch):
+    cases, _ = few
+    record, settings = tmp_path / "record.jsonl", Settings(visits=1)
+    measure(settings, record, cases=cases)
+    here = calibrate.machine()
+    monkeypatch.setattr(calibrate, "machine", lambda: {**here, "kernels": "0123456789ab"})
+    with pytest.raises(ValueError, match="kernels '.*', now '0123456789ab'.*--restart"):
+        read_record(record, settings)
 
 
 def test_foreign_and_damaged_records_are_refused(few, tmp_path):

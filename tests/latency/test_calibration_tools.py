@@ -11,6 +11,7 @@ from las_mm.latency.fitted import Probes
 from las_mm.latency.halo import expected_dilated_rate
 from las_mm.latency.measurement import Measurement, Stopwatch
 from las_mm.latency.samples import StemCase
+from las_mm.preflight import UserError
 
 PROBES = Probes(1e11, 5e10, ((1e4, 4e11), (1e6, 1e11), (1e8, 3e10)), 2e-5)
 
@@ -47,13 +48,17 @@ def test_calibrate_then_validate(machine, capsys):
     assert (machine / "cpu.yaml").read_text() == written
 
     report = machine / "report.md"
-    report.write_text("before\n<!-- validation: begin -->\nold\n<!-- validation: end -->\nafter\n")
     checker = load_tool("validate_latency")
+    parts = "".join(f"<!-- validation: {part} -->\nold {part}\n" for part in checker.PARTS)
+    text = f"before\n<!-- validation: begin -->\n{parts}<!-- validation: end -->\nafter\n"
+    report.write_text(text)
     options = ["--cases", "40", "--visits", "1", "--parts", "blocks", "--write", str(report)]
     checker.main(options)
     text = report.read_text()
     assert text.startswith("before\n") and text.endswith("<!-- validation: end -->\nafter\n")
-    assert "| all | 40 |" in text and "old" not in text
+    assert "| all | 40 |" in text and "old blocks" not in text
+    assert "<!-- validation: networks -->\nold networks\n" in text  # were not measured
+    assert "<!-- validation: search -->\nold search\n" in text
     assert (machine / "report.png").stat().st_size > 1000
 
 
@@ -80,3 +85,19 @@ def test_missing_library_is_named_before_measuring(machine, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="fitting needs scipy: pip install scipy"):
         calibrate.calibrate(calibrate.Settings(), machine / "record.jsonl", "mine", "2026-01-01")
+
+
+def test_one_part_keeps_the_tables_of_the_others(tmp_path):
+    checker = load_tool("validate_latency")
+    path, empty = tmp_path / "report.md", f"a\n{checker.BEGIN}\n{checker.END}\nb\n"
+    found = {part: [f"| {part} |", ""] for part in checker.PARTS}
+    text = checker.merge(empty, found, path)
+    assert text.startswith("a\n") and text.endswith("\nb\n")
+    for part in checker.PARTS:
+        again = checker.merge(text, {part: ["new"]}, path)
+        assert again == text.replace(f"| {part} |", "new")
+    assert checker.merge(empty, {"search": ["new"]}, path).count("validation: ") == 3
+    unnamed = f"a\n{checker.BEGIN}\n| tables |\n{checker.END}\nb\n"
+    with pytest.raises(UserError, match="the others than search would be lost.*leave --parts out"):
+        checker.merge(unnamed, {"search": ["new"]}, path)
+    assert "| tables |" not in checker.merge(unnamed, found, path)

@@ -106,6 +106,18 @@ def test_a_prediction_leaves_random_numbers_alone():
     assert torch.equal(torch.rand(4), expected)
 
 
+def test_rates_for_a_model_that_has_run_are_for_its_last_size():
+    model = backbone()
+    with pytest.raises(ValueError, match="input_shape is needed"):
+        predict(model, "tx2", rates=0.5)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 96, 128))
+    expected = network_report("tx2", model.network_shape((96, 128)), 0.5)
+    assert predict(model, "tx2", rates=0.5) == expected
+    expected = network_report("tx2", model.network_shape((64, 64)), 0.5)
+    assert predict(model, "tx2", (64, 64), rates=0.5) == expected
+
+
 def test_recorded_rates():
     model = backbone()
     with torch.no_grad():
