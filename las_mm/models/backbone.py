@@ -15,7 +15,7 @@ from las_mm.models.activation import NetworkActivation
 from las_mm.models.block import DynamicBlock
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
-from las_mm.models.snapshot import Snapshot, checked, has_hooks, watch
+from las_mm.models.snapshot import Snapshot, changed, checked, compared_together, has_hooks, watch
 
 
 class DynamicBackbone(nn.Module):
@@ -48,7 +48,11 @@ class DynamicBackbone(nn.Module):
         """(N, C, H, W) -> the feature maps of ``out_indices``; any H and W."""
         self._input_hw = (x.shape[-2], x.shape[-1])
         if not self.training and self.runtime != "dense" and sparse.wanted(x):
-            return self._infer(x)
+            if torch.compiler.is_compiling() or ops.has_fingerprint(x.device.type):
+                return self._infer(x)
+            self._drop_changed()
+            with compared_together():
+                return self._infer(x)
         return super().forward(x)
 
     def _infer(
@@ -87,6 +91,16 @@ class DynamicBackbone(nn.Module):
                 outs.append(ops.to_nchw(x) if contiguous and not x.is_contiguous() else x)
         return tuple(outs)
 
+    def _drop_changed(self) -> None:
+        """Forget packed weights whose sources' contents have changed, where that means to wait."""
+        parts = [part for part in (self, *self.blocks()) if part._snapshot is not None]
+        self._turn = getattr(self, "_turn", 0) + 1
+        snapshots = [part._snapshot for part in parts]
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not capturing and changed(snapshots, self._turn):
+            for part in parts:
+                part._snapshot = None
+
     def prepare(self) -> None:
         """Fold and pack all weights for inference; see :func:`las_mm.models.sparse.prepare`."""
         self._prepare_stem()
@@ -114,7 +128,7 @@ class DynamicBackbone(nn.Module):
             self._key = self._key or watch(self)
         return None if self._snapshot.hooked() else self._fast_stem
 
-    def stale(self, positions: int = ops.MANY_POSITIONS) -> bool:
+    def stale(self, positions: int | None = None) -> bool:
         """Whether the stem differs from the one whose weights are packed, or none are.
 
         Its few weights are always compared in full, whatever the number of ``positions``.

@@ -111,7 +111,7 @@ class DynamicBlock(nn.Module):
             return self._forward(x)
         return fast(self, x, in_place)
 
-    def prepare(self, positions: int = ops.MANY_POSITIONS) -> sparse.FastBottleneck | None:
+    def prepare(self, positions: int | None = None) -> sparse.FastBottleneck | None:
         """Fold and pack the weights unless that is done; ``None`` if only the training form runs.
 
         Args:
@@ -138,7 +138,7 @@ class DynamicBlock(nn.Module):
             self._key = self._key or watch(self)
         return None if self._snapshot.hooked() else self._fast
 
-    def stale(self, positions: int = ops.MANY_POSITIONS) -> bool:
+    def stale(self, positions: int | None = None) -> bool:
         """Whether the block differs from the one whose weights are packed, or none are.
 
         Args:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from mmengine.logging import print_log
@@ -61,19 +63,24 @@ class Snapshot:
         ]
         self._module = type(module).__name__
         self._sources = sources(module, names) if packed else []
-        if self._sources and not ops.has_fingerprint(self._sources[0].device.type):
-            self._sources = []
+        self._samples: _Samples | None = None
         self._turn = 0
-        self.expected: Tensor | None = None  # the sources' fingerprints
-        if self._sources:
+        self.expected: Tensor | None = None  # what ops.unchanged compares the sources with
+        if not self._sources:
+            return
+        if ops.has_fingerprint(self._sources[0].device.type):
             self._fingerprints = ops.fingerprints(self._sources)
             self.expected = torch.tensor(self._fingerprints)
+        else:
+            self._fingerprints = [*ops.fingerprint(self._sources)]
+            self._samples = _Samples(self._sources)
+            self.expected = torch.cat([ops.sample_view(source) for source in self._sources])
 
     def hooked(self) -> bool:
         """Whether a module inside has forward hooks, which only the training form calls."""
         return any(self._hooks)
 
-    def stale(self, positions: int = ops.MANY_POSITIONS) -> bool:
+    def stale(self, positions: int | None = None) -> bool:
         """Whether a module, parameter or buffer was replaced, written to or switched to training.
 
         Args:
@@ -82,7 +89,7 @@ class Snapshot:
                 does not count (writes through ``.data``, to a numpy view, to tensors made in
                 inference mode). A write to all of a tensor is noticed at once even so, one to
                 few values of a large tensor after ``ops.PARTS`` calls at the latest, with a
-                warning. By default everything is compared.
+                warning. On a GPU only samples are compared. By default everything is.
         """
         # A plain loop: this runs for every block of every image.
         for store, name, value, version in self._stores:
@@ -91,7 +98,9 @@ class Snapshot:
         if not self._sources or _capturing(self._sources[0]):
             return False
         known = self._fingerprints
-        if positions >= ops.MANY_POSITIONS:
+        if positions is not None and self._samples is not None:
+            return not _together.done and changed([self], 0)
+        if positions is None or positions >= ops.MANY_POSITIONS:
             return ops.fingerprint(self._sources) != (known[0], known[1])
         self._turn = part = (self._turn + 1) % ops.PARTS
         samples, values = ops.fingerprint(self._sources, part, ops.PARTS)
@@ -105,6 +114,65 @@ class Snapshot:
                 level=logging.WARNING,
             )
         return (samples, values) != (known[0], known[2 + part])
+
+
+class _Samples:
+    """Samples of tensors on a device whose memory is not read without waiting for it.
+
+    Attributes:
+        large, small: Views into the tensors of several and of one dimension.
+        of_large, of_small: What they held.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [(tensor, tensor.data_ptr()) for tensor in tensors]
+        self.large = [ops.sample_view(tensor) for tensor in tensors if tensor.dim() > 1]
+        self.small = [ops.sample_view(tensor) for tensor in tensors if tensor.dim() <= 1]
+        self.of_large, self.of_small = (
+            torch.cat(views) if views else tensors[0].new_empty(0, dtype=torch.int32)
+            for views in (self.large, self.small)
+        )
+
+    def moved(self) -> bool:
+        """Whether a tensor was given other memory."""
+        return any(tensor.data_ptr() != before for tensor, before in self._tensors)
+
+
+def changed(snapshots: Sequence[Snapshot], turn: int) -> bool:
+    """Whether sampled contents differ, on a GPU, which is waited for once.
+
+    Args:
+        snapshots: Of all parts of a network.
+        turn: Counts the calls: the norms and biases of one of ``snapshots`` are compared each
+            time, weights of convolutions always.
+    """
+    every = [s._samples for s in snapshots if s._samples is not None]
+    if not every:
+        return False
+    if any(samples.moved() for samples in every):
+        return True
+    one = every[turn % len(every)]
+    now = torch.cat([view for samples in every for view in samples.large] + one.small)
+    return not torch.equal(now, torch.cat([*(s.of_large for s in every), one.of_small]))
+
+
+class _Together(threading.local):
+    """Whether a network has compared the contents of all its parts, for the current thread."""
+
+    done = False
+
+
+_together = _Together()
+
+
+@contextmanager
+def compared_together() -> Iterator[None]:
+    """Parts do not compare sampled contents meanwhile: :func:`changed` has, for all at once."""
+    before, _together.done = _together.done, True
+    try:
+        yield
+    finally:
+        _together.done = before
 
 
 def sources(module: nn.Module, names: Sequence[str] | None = None) -> list[Tensor]:

@@ -21,6 +21,7 @@ from las_mm.ops.contents import (
     PARTS,
     fingerprint,
     fingerprints,
+    sample_view,
     unchanged,
 )
 from las_mm.ops.convolution import (
@@ -60,6 +61,7 @@ __all__ = [
     "pack_conv",
     "pack_stem",
     "pack_winograd",
+    "sample_view",
     "sparse_bottleneck",
     "sparse_bottleneck_",
     "spatial_mask",

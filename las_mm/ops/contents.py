@@ -5,6 +5,8 @@ none to a tensor made in inference mode. Their contents tell. Reading all of the
 long as a ResNet on one image of 224 x 224 pixels, so a *fingerprint* has two hashes: of samples
 (small tensors whole, 64 evenly spaced pairs of values of others), which every dense update changes,
 and of one of several parts, which take turns. One changed value always changes the hash over it.
+
+Where there is no native kernel for that (a GPU), *samples* are gathered and compared instead.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from las_mm.ops.library import LIBRARY
 
 MANY_POSITIONS = 512  # of a block's outputs, from which on reading all its weights costs about 1 %
 PARTS = 128
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 LIBRARY.define("fingerprint(Tensor[] tensors, int part, int parts) -> (int, int)")
 LIBRARY.define(
@@ -31,14 +34,16 @@ def _fingerprint_reference(tensors: Sequence[Tensor], part: int, parts: int) -> 
         raise ValueError(f"part must be from 0 to parts - 1, got {part} of {parts}")
     digest = hashlib.blake2b(digest_size=7)
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return int.from_bytes(digest.digest(), "little"), part
 
 
 def _unchanged_reference(
     value: Tensor, sources: Sequence[Tensor], expected: Tensor, positions: int
 ) -> Tensor:
-    if fingerprint(sources)[0] != int(expected[0]):
+    if not torch.equal(torch.cat([sample_view(source) for source in sources]), expected):
         raise RuntimeError(
             "weights have changed since they were packed for torch.export, and the exported "
             "program does not follow: load them into the model, call las_mm.prepare(model) and "
@@ -81,6 +86,18 @@ def fingerprints(tensors: Sequence[Tensor], parts: int = PARTS) -> list[int]:
     return [samples, everything, *(fingerprint(tensors, i, parts)[1] for i in range(parts))]
 
 
+def sample_view(tensor: Tensor) -> Tensor:
+    """Up to 64 values, evenly spaced in memory, as integers of their bits: a view, not a copy.
+
+    Args:
+        tensor: Dense, in any memory format.
+    """
+    count = tensor.numel()
+    step = count // 64 | 1  # odd: meets every column of a matrix in turn
+    values = tensor.detach().as_strided((-(-count // step),), (step,))
+    return values.view(_INTEGERS[tensor.element_size()])
+
+
 def unchanged(value: Tensor, sources: Sequence[Tensor], expected: Tensor, positions: int) -> Tensor:
     """A copy of ``value`` if ``sources`` hold what ``expected`` says; for exported programs.
 
@@ -89,7 +106,7 @@ def unchanged(value: Tensor, sources: Sequence[Tensor], expected: Tensor, positi
     Args:
         value: Any tensor, best a small one.
         sources: As in :func:`fingerprint`.
-        expected: Their :func:`fingerprints`, int64, on the CPU.
+        expected: Their :func:`fingerprints`, int64; on a GPU their samples, one after the other.
         positions: Of the outputs that ``sources`` are used for: the more, the more is read.
 
     Raises:

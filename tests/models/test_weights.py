@@ -130,6 +130,56 @@ def test_uncounted_writes_are_noticed_at_once(write, size):
     assert error(net, x) < 1e-4
 
 
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """No native fingerprint, as on a GPU; returns how often contents were waited for."""
+    waits = []
+    equal = torch.equal
+    monkeypatch.setattr(ops, "has_fingerprint", lambda device: False)
+    monkeypatch.setattr(
+        "las_mm.models.snapshot.torch.equal", lambda *args: (waits.append(args), equal(*args))[1]
+    )
+    return waits
+
+
+@pytest.mark.parametrize(
+    "write", [from_vector, through_data, scaled_data, swapped_data, new_data, through_numpy]
+)
+def test_without_the_native_fingerprint_dense_writes_are_noticed(like_a_gpu, write):
+    net, x = las_mm.prepare(make()), images(64, 64)
+    before = outputs(net, x)
+    write(net)
+    assert distance(dense_outputs(net, x), before) > 1e-3
+    assert error(net, x) < 1e-4
+
+
+def test_without_the_native_fingerprint_a_forward_waits_once(like_a_gpu):
+    net, x = las_mm.prepare(make()), images(64, 64)
+    packed = [block._fast for block in net.blocks()]
+    like_a_gpu.clear()
+    outputs(net, x)
+    assert len(like_a_gpu) == 1
+    assert all(block._fast is fast for block, fast in zip(net.blocks(), packed))
+    with torch.no_grad():  # a block alone compares its own
+        net.layer1[0].conv1.weight.data.neg_()
+        features = torch.randn(1, 8, 16, 16)
+        out = net.layer1[0](features)
+        with sparse.masked_dense():
+            assert distance(out, net.layer1[0](features)) < 1e-4
+
+
+def test_without_the_native_fingerprint_statistics_take_turns(like_a_gpu):
+    net, x = las_mm.prepare(make()), images(64, 64)
+    outputs(net, x)
+    net.layer3[2].norm2.running_mean.data.add_(1)
+    for _ in range(17):
+        outputs(net, x)
+    assert error(net, x) < 1e-4
+    net.layer4[1].norm2.running_mean.data.add_(1)
+    las_mm.prepare(net)  # compares everything
+    assert error(net, x) < 1e-4
+
+
 def test_moving_average_that_is_evaluated_in_between():
     """mmengine's AveragedModel stays in eval mode and writes through .data."""
     source = make(seed=5)

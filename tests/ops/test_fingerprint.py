@@ -84,19 +84,31 @@ def test_reference_and_native_refuse_the_same_parts():
 
 
 @pytest.mark.parametrize("positions", [1, ops.MANY_POSITIONS])
-def test_unchanged(positions):
-    sources, value = [values(9000), values(10)], values(4)
-    runs = [module._unchanged_reference] + [ops.unchanged] * ops.has_fingerprint("cpu")
-    for run in runs:
-        prints = ops.fingerprints
-        if run is module._unchanged_reference and ops.has_fingerprint("cpu"):
-            continue  # its hashes are others
-        expected = torch.tensor(prints(sources))
-        out = run(value, sources, expected, positions)
-        assert torch.equal(out, value) and out.data_ptr() != value.data_ptr()
-        changed = [-sources[0], sources[1]]
+@pytest.mark.parametrize("form", [pytest.param("native", marks=needs_native), "samples"])
+def test_unchanged(form, positions):
+    sources, value = [values(9000).view(90, 100), values(10)], values(4)
+    if form == "native":
+        run, expected = ops.unchanged, torch.tensor(ops.fingerprints(sources))
+    else:  # as on a GPU
+        run = module._unchanged_reference
+        expected = torch.cat([ops.sample_view(source) for source in sources])
+    out = run(value, sources, expected, positions)
+    assert torch.equal(out, value) and out.data_ptr() != value.data_ptr()
+    for changed in ([-sources[0], sources[1]], [sources[0], sources[1] * 1.01]):
         with pytest.raises(RuntimeError, match="export it again"):
             run(value, changed, expected, positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_sample_view_reads_what_is_there_now(dtype, layout):
+    tensor = values(64 * 32 * 9).view(64, 32, 3, 3).to(dtype, memory_format=layout)
+    view = ops.sample_view(tensor)
+    before = view.clone()
+    assert len(view) in (64, 65) and torch.equal(view, ops.sample_view(tensor))
+    tensor.mul_(1.5)
+    assert (view != before).float().mean() > 0.9
+    assert len(ops.sample_view(values(3))) == 3 and len(ops.sample_view(values(0))) == 0
 
 
 @needs_native
