@@ -37,25 +37,21 @@ class Snapshot:
             if child is not None and (names is None or name in names)
         }
         inside = [sub for child in children.values() for sub in child.modules()]
-        stores = [(module._modules, name, child) for name, child in children.items()]
-        for sub in inside:
-            stores += [(sub._modules, name, child) for name, child in sub._modules.items()]
-            stores += [(sub._parameters, name, p) for name, p in sub._parameters.items()]
-            stores += [
-                (sub._buffers, name, b)
-                for name, b in sub._buffers.items()
-                if name != "num_batches_tracked"
-            ]
-            stores.append((sub.__dict__, "training", sub.training))
-        # With the version where there is one: tensors made in inference mode do not count theirs.
-        self._stores = [
-            (
-                store,
-                name,
-                value,
-                value._version if isinstance(value, Tensor) and not value.is_inference() else None,
-            )
-            for store, name, value in stores
+        self._own, self._children = module._modules, children
+        stores = (s for sub in inside for s in (sub._modules, sub._parameters, sub._buffers))
+        self._stores = [store for store in stores if store]
+        # Referred to, so that no other object can take their place under the same id.
+        self._values = self._present()
+        self._ids = [*map(id, self._values)]
+        self._modes = [(sub.__dict__, sub.training) for sub in inside]
+        # Of tensors made in inference mode torch counts no writes; training batches are no weight.
+        self._versions = [
+            (value, value._version)
+            for store in self._stores
+            for name, value in store.items()
+            if isinstance(value, Tensor)
+            and not value.is_inference()
+            and name != "num_batches_tracked"
         ]
         # A hook inside wants to see the training form's tensors.
         self._hooks = [
@@ -76,6 +72,11 @@ class Snapshot:
             self._samples = _Samples(self._sources)
             self.expected = torch.cat([ops.sample_view(source) for source in self._sources])
 
+    def _present(self) -> list[object]:
+        """Every module, parameter and buffer that is there now, in a fixed order."""
+        own = map(self._own.get, self._children)
+        return [*own, *itertools.chain.from_iterable(map(dict.values, self._stores))]
+
     def hooked(self) -> bool:
         """Whether a module inside has forward hooks, which only the training form calls."""
         return any(self._hooks)
@@ -91,9 +92,14 @@ class Snapshot:
                 few values of a large tensor after ``ops.PARTS`` calls at the latest, with a
                 warning. On a GPU only samples are compared. By default everything is.
         """
-        # A plain loop: this runs for every block of every image.
-        for store, name, value, version in self._stores:
-            if store.get(name) is not value or (version is not None and value._version != version):
+        # This runs for every block of every image.
+        if [*map(id, self._present())] != self._ids:
+            return True
+        for modes, training in self._modes:
+            if modes["training"] is not training:
+                return True
+        for tensor, version in self._versions:
+            if tensor._version != version:
                 return True
         if not self._sources or _capturing(self._sources[0]):
             return False

@@ -3,7 +3,7 @@
 torch counts the writes to a tensor, but not those through ``parameter.data`` or a numpy view, and
 none to a tensor made in inference mode. Their contents tell. Reading all of them takes a tenth as
 long as a ResNet on one image of 224 x 224 pixels, so a *fingerprint* has two hashes: of samples
-(small tensors whole, 64 evenly spaced pairs of values of others), which every dense update changes,
+(small tensors whole, 16 evenly spaced pairs of values of others), which every dense update changes,
 and of one of several parts, which take turns. One changed value always changes the hash over it.
 
 Where there is no native kernel for that (a GPU), *samples* are gathered and compared instead.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from las_mm.ops.library import LIBRARY
 
-MANY_POSITIONS = 512  # of a block's outputs, from which on reading all its weights costs about 1 %
-PARTS = 128
+MANY_POSITIONS = 2048  # of a block's outputs, from which on reading all its weights costs less than 1 %
+PARTS = 256
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 LIBRARY.define("fingerprint(Tensor[] tensors, int part, int parts) -> (int, int)")

@@ -15,10 +15,10 @@ namespace las_mm::cpu {
 namespace {
 
 constexpr int64_t kWord = 8, kLanes = 8;
-constexpr int64_t kWholeBytes = 16 << 10;  // up to this, all is read every time
-constexpr int64_t kSamples = 64;           // of what is larger
+constexpr int64_t kWholeBytes = 2 << 10;  // up to this, all is read every time
+constexpr int64_t kSamples = 16;           // of what is larger
 constexpr int64_t kTaskBytes = 1 << 16;
-constexpr int64_t kManyPositions = 512;  // from which on all is read, as in las_mm/ops/contents.py
+constexpr int64_t kManyPositions = 2048;  // from which on all is read, as in las_mm/ops/contents.py
 constexpr uint64_t kOdd = 0x9E3779B97F4A7C15u;
 
 // A bijection of `hash` and of `word`: one changed word never goes unnoticed.

@@ -30,7 +30,7 @@ def test_the_whole_shows_every_value(size, dtype):
 
 
 @needs_native
-@pytest.mark.parametrize("parts", [2, 7, 128])
+@pytest.mark.parametrize("parts", [2, 7, 256])
 def test_parts_cover_everything_once(parts):
     tensor = values(10007)
     before = [ops.fingerprint([tensor], i, parts)[1] for i in range(parts)]
@@ -46,9 +46,9 @@ def test_parts_cover_everything_once(parts):
 @pytest.mark.parametrize("shape", [(64, 64, 3, 3), (256, 64, 1, 1), (512, 512, 3, 3)])
 def test_samples_show_dense_changes(shape, change):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    before = ops.fingerprint([tensor], 0, 128)
+    before = ops.fingerprint([tensor], 0, ops.PARTS)
     changed = change(tensor.view(-1)).view(shape)
-    assert ops.fingerprint([changed], 0, 128)[0] != before[0]
+    assert ops.fingerprint([changed], 0, ops.PARTS)[0] != before[0]
 
 
 @needs_native
