@@ -141,7 +141,7 @@ def main():
         package_data={"las_mm": ["latency/devices/*.yaml"]},
         # torch and OpenMMLab's packages exist in several builds under several names, so they are
         # the user's choice: requirements/ lists the tested pins, las_mm checks the imports.
-        install_requires=["numpy", "PyYAML", "rich", "tensorboard"],
+        install_requires=["filelock", "numpy", "PyYAML", "rich", "tensorboard"],
         extras_require={
             "benchmark": ["matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino"],
             "calibrate": ["scikit-learn", "scipy"],

@@ -76,6 +76,21 @@ def test_the_kernels_are_built(name):
     )
 
 
+def test_precisions_set_one_by_one(monkeypatch):
+    """torch's newer interface; asked without an operation, it raises once they differ."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip(f"torch {torch.__version__} has one precision for all operations")
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    try:
+        x = torch.rand(1, 4, 3, 3, device="cuda")
+        assert relative_error([ops.channel_mean(x)], [x.mean(dim=(2, 3))]) < 1e-5
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+        torch.backends.cudnn.rnn.fp32_precision = before
+
+
 # Drawn cases -------------------------------------------------------------------------------------
 
 
