@@ -137,6 +137,7 @@ class Plan:
             if timing is not None:
                 return replace(choose(kind, timing), decided_by="pinned plan")
             self._say(
+                "missing kinds",
                 f"{self.path} ({PINNED}) lacks kinds of blocks that run here, such as {kind.key}; "
                 "these run in the default form. To have all, run once without the variable and "
                 "copy the plan from the cache folder",
@@ -157,8 +158,9 @@ class Plan:
                 timing = self._timings.get(kind.key)
                 if timing is None:
                     self._say(
+                        "measuring",
                         "measuring this network's kinds of blocks on this machine, once; the "
-                        f"result is kept in {self.path}"
+                        f"result is kept in {self.path}",
                     )
                     timing = self._timings[kind.key] = measure(kind)
                     release_freed()
@@ -166,6 +168,7 @@ class Plan:
                 return timing
         except filelock.Timeout as busy:
             self._say(
+                "lock",
                 f"another process has held {busy.lock_file} for {_PATIENCE_S:.0f} s; this one "
                 "runs blocks that are not measured yet in the default form",
                 logging.WARNING,
@@ -192,10 +195,10 @@ class Plan:
         finally:
             lock.release()
 
-    def _say(self, text: str, level: int = logging.INFO) -> None:
-        """Once per process and kind of message."""
-        if text[:20] not in self._said:
-            self._said.add(text[:20])
+    def _say(self, about: str, text: str, level: int = logging.INFO) -> None:
+        """Log once per process what there is to say ``about`` something."""
+        if about not in self._said:
+            self._said.add(about)
             print_log(f"las_mm: {text}", logger="current", level=level)
 
     def _read(self) -> dict[str, Timing]:
@@ -227,6 +230,7 @@ class Plan:
             ) from error
         if origin != machine():
             self._say(
+                "machine",
                 f"{self.path} ({PINNED}) was measured on another machine or with other kernels; "
                 "its choices hold all the same, its seconds may not",
                 logging.WARNING,

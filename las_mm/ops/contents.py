@@ -19,7 +19,9 @@ from torch import Tensor
 
 from las_mm.ops.library import LIBRARY
 
-MANY_POSITIONS = 2048  # of a block's outputs, from which on reading all its weights costs less than 1 %
+MANY_POSITIONS = (
+    2048  # of a block's outputs, from which on reading all its weights costs less than 1 %
+)
 PARTS = 256
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 

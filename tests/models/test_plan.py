@@ -368,6 +368,8 @@ def test_pinned_plan_of_another_machine_decides_the_same(pinned, counted, said):
     pinned.write_text(json.dumps(content))
     assert plan.current_plan().lookup(KIND).timing.dense == 2.0
     assert len(said) == 1 and "another machine" in said[0] and not counted
+    plan.current_plan().lookup(replace(KIND, width=128))
+    assert len(said) == 2 and "lacks kinds of blocks" in said[1]
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"machine": {}}', '{"seconds": {"a": 1}}'])
