@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import load_tool
 from las_mm.benchmark import masks, roofline
 from las_mm.benchmark.roofline import GPUS, Gpu, Kernel
 from las_mm.latency.shapes import BlockShape, resnet_shape
@@ -208,9 +209,9 @@ def test_the_tool():
 
 @pytest.mark.parametrize("mode", ["channel", "both"])
 def test_modes_without_a_floor_are_one_sentence(mode):
-    command = [sys.executable, str(ROOT / "tools" / "roofline.py"), "--mode", mode, "--rate", "0.5"]
-    command += ["--shape", "1", "3", "64", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith(f"roofline.py: error: --mode {mode}: no floor is known")
-    assert done.stderr.count("\n") == 1 and "use --mode spatial, layer or static" in done.stderr
+    arguments = ["--mode", mode, "--rate", "0.5", "--shape", "1", "3", "64", "64"]
+    with pytest.raises(SystemExit) as end:
+        load_tool("roofline").main(arguments)
+    message = str(end.value.code)
+    assert message.startswith(f"roofline.py: error: --mode {mode}: no floor is known")
+    assert "\n" not in message and "use --mode spatial, layer or static" in message
