@@ -189,6 +189,7 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
     Raises:
         UserError: They cannot or are not; the message names LAS_MM_PRETRAINED and ``none``.
     """
+    from las_mm.models.initialization import split
     from las_mm.models.maskers import is_masker
 
     way_out = "set LAS_MM_PRETRAINED to a checkpoint file or URL, or to none to start from scratch"
@@ -201,9 +202,8 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
             raise UserError(
                 f"static weights {static} cannot be used ({_last_line(error)}); {way_out}"
             ) from error
-    init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
-    for entry in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]:
-        if not isinstance(entry, dict) or entry.get("type") != "Pretrained":
+    for part, entry in split(cfg.model.get("backbone", {}).get("init_cfg"))[1]:
+        if part:
             continue
         source = entry["checkpoint"]
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from mmengine.model import BaseModule, initialize
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape
 from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.block import DynamicBlock
+from las_mm.models.initialization import split
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
 from las_mm.models.snapshot import Snapshot, has_hooks
@@ -123,6 +125,10 @@ class DynamicBackbone(nn.Module):
         """The parent's, but returning the module like every other ``nn.Module``."""
         self._fast_stem = self._snapshot = None  # made anew, as weights may be swapped in between
         super().train(mode)
+        # norm_eval is about statistics that came with static weights: maskers have none of these.
+        # Theirs train like their other weights, and stand still in frozen stages.
+        for masker in self.maskers():
+            masker.train(masker.training)
         return self
 
     def _dense_stem(self, x: Tensor) -> Tensor:
@@ -183,12 +189,25 @@ class DynamicBackbone(nn.Module):
         return NetworkActivation.of(self.network_shape(self._input_hw), activations)
 
     def init_weights(self) -> None:
-        """The parent's initialisation, which must not touch the maskers' "mostly on"."""
-        pretrained = isinstance(self.init_cfg, dict) and self.init_cfg["type"] == "Pretrained"
-        super().init_weights()
-        if not pretrained:
-            for masker in self.maskers():
-                masker.reset_parameters()
+        """The parent's initialisation; maskers start "mostly on", loaded weights come last.
+
+        The parents know loaded weights by ``init_cfg=dict(type='Pretrained')`` only, and zero the
+        last norm of each block after any other way of loading. Once initialised nothing changes.
+        """
+        if self.is_init:
+            BaseModule.init_weights(self)  # says that it was called before
+            return
+        init_cfg = self.init_cfg
+        self.init_cfg, loaded = split(init_cfg)
+        try:
+            whole = any(not part for part, _ in loaded)
+            BaseModule.init_weights(self) if whole else super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
+        for masker in self.maskers():
+            masker.reset_parameters()
+        for part, entry in loaded:
+            initialize(self.get_submodule(part), entry)
 
     def extra_repr(self) -> str:
         stages = "; ".join(describe_stage(blocks) for blocks in self.settings)
