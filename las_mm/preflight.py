@@ -163,8 +163,7 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
     Raises:
         UserError: One of them does not.
     """
-    from las_mm.hooks import BudgetHook, IterationSeedHook
-    from las_mm.models.activation import find_dynamic_backbone
+    from las_mm.hooks import BudgetHook
 
     for hook in cfg.get("custom_hooks") or []:
         name = hook_name(hook)
@@ -175,8 +174,8 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
             if isinstance(built, BudgetHook):
                 built.attach(model)
                 built.remove()
-            elif not isinstance(built, IterationSeedHook):
-                find_dynamic_backbone(model)
+            elif hasattr(built, "check"):
+                built.check(model)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise UserError(f"custom_hooks of the config, {name}: {_last_line(error)}") from error
 

@@ -12,7 +12,9 @@ from las_mm.models import LASRegNet, LASResNet
 from las_mm.models.initialization import loads_weights, split
 from las_mm.models.maskers import is_masker
 
-SMALL = dict(base_channels=4, stem_channels=4, mode="both", channel_masker="conv_linear", channel_reduction=2)
+SMALL = dict(
+    base_channels=4, stem_channels=4, mode="both", channel_masker="conv_linear", channel_reduction=2
+)
 KAIMING = dict(type="Kaiming", layer=["Conv2d"])
 
 
@@ -64,7 +66,9 @@ def test_static_weights_leave_maskers_mostly_on(kind, tmp_path):
     weights = static.state_dict()
     for key, value in net.state_dict().items():
         assert is_masker(key) or torch.equal(value, weights[key]), key
-    assert all((m.last if hasattr(m, "last") else m.conv).weight.std() < 0.03 for m in net.maskers())
+    assert all(
+        (m.last if hasattr(m, "last") else m.conv).weight.std() < 0.03 for m in net.maskers()
+    )
 
 
 def test_a_part_that_is_loaded_stays(source):
@@ -86,7 +90,9 @@ def test_a_second_call_changes_nothing(source):
 
 
 def test_frozen_stages_keep_what_was_loaded(source):
-    net = LASResNet(50, frozen_stages=2, init_cfg=[dict(type=PretrainedInit, checkpoint=source)], **SMALL)
+    net = LASResNet(
+        50, frozen_stages=2, init_cfg=[dict(type=PretrainedInit, checkpoint=source)], **SMALL
+    )
     net.init_weights()
     net.train()
     assert differing(net, trained()) == []
