@@ -24,14 +24,11 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from las_mm.dependencies import MissingDependencyError
+from las_mm.errors import UserError
 from las_mm.registry import HOOKS, MODELS
 
 # Seconds after which unreachable weights are given up.
 DOWNLOAD_TIMEOUT = 30.0
-
-
-class UserError(Exception):
-    """Something the user can mend; its message is one sentence for a terminal."""
 
 
 class Parser(argparse.ArgumentParser):
