@@ -132,7 +132,8 @@ def explain(
         The rows of the table.
 
     Raises:
-        ValueError: No dynamic backbone, or several that could be meant, an image of another shape, or no native kernels.
+        ValueError: No dynamic backbone, or several that could be meant, an image of another shape,
+            or no native kernels.
 
     Example:
         >>> las_mm.explain(model.backbone, torch.rand(3, 800, 1344))  # doctest: +SKIP

@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import os
 import os.path as osp
-import pickle
 import socket
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from las_mm.checkpoints import CheckpointError, NeedsTrust, check_file, read_checkpoint
 from las_mm.dependencies import MissingDependencyError
 from las_mm.errors import UserError
 from las_mm.registry import HOOKS, MODELS
@@ -296,45 +296,17 @@ def load_checkpoint(path: str, trust: bool = False) -> dict:
     Raises:
         UserError: The file is missing, damaged or needs trust.
     """
-    if not osp.isfile(path):
-        problem = "is a folder; name the file in it" if osp.isdir(path) else "does not exist"
-        raise UserError(f"checkpoint {path} {problem}")
-    with open(path, "rb") as file:
-        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip file, or torch's old pickles
-            raise UserError(f"checkpoint {path} is damaged: it is no file that torch.save writes")
     try:
-        if trust:
-            return torch.load(path, map_location="cpu", weights_only=False)
-        with torch.serialization.safe_globals(_safe_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise UserError(
-                f"checkpoint {path} holds objects other than weights; if you trust its origin, "
-                f"add --trust-checkpoint"
-            ) from error
+        if not trust:
+            return read_checkpoint(path)
+        check_file(path)
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except NeedsTrust as error:
+        raise UserError(f"{error}; if you trust its origin, add --trust-checkpoint") from error
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    except Exception as error:  # a pickle is a program: anything may come out of it
         raise UserError(f"checkpoint {path} is damaged: {_last_line(error)}") from error
-    except Exception as error:  # damaged bytes may raise anything, depending on where they are
-        raise UserError(f"checkpoint {path} is damaged: {_last_line(error)}") from error
-
-
-def _safe_globals() -> list:
-    """What a checkpoint written by mmengine holds besides tensors: its log history."""
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
-
-    core = np._core if hasattr(np, "_core") else np.core
-    dtypes = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "uint32")]
-    return [
-        HistoryBuffer,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
-        np.ndarray,
-        np.dtype,
-        slice,
-        getattr,
-        *dtypes,
-    ]
 
 
 def check_checkpoint(model: nn.Module, path: str, trust: bool = False, strict: bool = True) -> dict:

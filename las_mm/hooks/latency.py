@@ -9,8 +9,8 @@ from mmengine import dist
 from mmengine.hooks import Hook
 from torch import nn
 
-from las_mm.latency import LatencyTable, LatencyTables
 from las_mm.hooks.passes import Passes
+from las_mm.latency import LatencyTable, LatencyTables
 from las_mm.models.activation import NetworkActivation, find_dynamic_backbone
 from las_mm.registry import HOOKS
 from las_mm.summary import DatasetSummary

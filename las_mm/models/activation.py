@@ -245,12 +245,10 @@ def find_dynamic_backbone(model: nn.Module, module: str | None = None) -> nn.Mod
         raise ValueError(f"module must be a name such as 'student.backbone', got {module!r}")
     if not found or (module is None and len(found) > 1):
         way_out = (
-            "name one with module='...'"
-            if found
-            else (
-                "set model.backbone.type='las_mm.LASResNet' or remove the las_mm hooks from this config"
-            )
+            "set model.backbone.type='las_mm.LASResNet' or remove the las_mm hooks from this config"
         )
+        if found:
+            way_out = "name one with module='...'"
         raise ValueError(
             f"{type(model).__name__} must contain exactly one dynamic backbone such as "
             f"las_mm.LASResNet, found {names}; {way_out}"
