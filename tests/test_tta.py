@@ -37,6 +37,7 @@ def checkpoint(config):
         torch.nn.init.zeros_(masker.conv.bias)
     path = config.parent / "weights.pth"
     torch.save(dict(state_dict=model.state_dict(), meta={}), path)
+    preflight.reset_scope()
     return path
 
 

@@ -13,6 +13,7 @@ from las_mm import ops
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape
 from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
+from las_mm.models.arguments import dilations_of_blocks
 from las_mm.models.block import DynamicBlock
 from las_mm.models.initialization import split
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
@@ -27,7 +28,8 @@ class DynamicBackbone(nn.Module):
     constructor of the static backbone runs, which calls :meth:`make_res_layer` for each stage,
     and gives :meth:`_network_shape`, :meth:`_dense_stem` and, where the stem has a fast form,
     :attr:`fast_stem` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``,
-    ``res_layers`` (names of the stages), ``frozen_stages`` and ``freeze_maskers``.
+    ``res_layers`` (names of the stages), ``frozen_stages``, ``freeze_maskers`` and, as mmseg's
+    ResNet has them, ``contract_dilation`` and ``multi_grid``.
 
     Attributes:
         settings: How every block skips, [stage][block].
@@ -37,6 +39,8 @@ class DynamicBackbone(nn.Module):
     settings: tuple[tuple[BlockSettings, ...], ...]
     fast_stem: type[sparse.FastStem] | type[sparse.FastConvStem] | None = None
     freeze_maskers = True
+    contract_dilation = False
+    multi_grid: Sequence[int] | None = None
     _fast_stem: sparse.FastStem | sparse.FastConvStem | None = None
     _snapshot: Snapshot | None = None
     _input_hw: tuple[int, int] | None = None
@@ -143,8 +147,18 @@ class DynamicBackbone(nn.Module):
         """
         stage = len(self.res_layers)
         settings = iter(self.settings[stage])
+        last = stage == len(self.settings) - 1
+        dilations = iter(
+            dilations_of_blocks(
+                len(self.settings[stage]),
+                kwargs.get("dilation", 1),
+                self.contract_dilation,
+                self.multi_grid if last else None,
+            )
+        )
 
         def build(**arguments) -> DynamicBlock:
+            arguments["dilation"] = next(dilations)
             made = block(mode="static", **arguments)
             in_stage(stage, lambda: made.make_dynamic(next(settings)))
             return made
@@ -224,15 +238,6 @@ class DynamicBackbone(nn.Module):
             for block in getattr(self, name):
                 for masker in block.maskers():
                     masker.requires_grad_(True).train(self.training)
-
-
-def check_stages(num_stages: int, kwargs: dict) -> None:
-    """Raise ValueError where ``out_indices`` or ``frozen_stages`` in ``kwargs`` name no stage."""
-    for index in kwargs.get("out_indices", ()):
-        if index not in range(num_stages):
-            raise ValueError(f"out_indices must name stages 0 to {num_stages - 1}, got {index!r}")
-    if kwargs.get("frozen_stages", -1) > num_stages:
-        raise ValueError(f"frozen_stages must be -1 to {num_stages}, got {kwargs['frozen_stages']}")
 
 
 def half_size(hw: tuple[int, int]) -> tuple[int, int]:

@@ -190,3 +190,4 @@ def test_soft_teacher(tiny_config, tmp_path):
         if hook.type in ("las_mm.BudgetHook", "las_mm.PredictedLatencyHook"):
             hook.module = "student.backbone"
     preflight.check_hooks(cfg, model)
+    preflight.reset_scope()
