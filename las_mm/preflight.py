@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from las_mm.checkpoints import CheckpointError, NeedsTrust, check_file, read_checkpoint
+from las_mm.datasets import check_classes as check_classes
+from las_mm.datasets import check_data as check_data
 from las_mm.dependencies import MissingDependencyError
 from las_mm.errors import UserError
 from las_mm.registry import HOOKS, MODELS
@@ -65,47 +67,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
     return cfg
 
 
-def _datasets(cfg: ConfigDict) -> Iterator[ConfigDict]:
-    """All dataset configs below a dataset config, wrappers opened."""
-    if "dataset" in cfg:
-        yield from _datasets(cfg.dataset)
-    elif "datasets" in cfg:
-        for child in cfg.datasets:
-            yield from _datasets(child)
-    else:
-        yield cfg
-
-
 def _is_remote(path: str) -> bool:
     return "://" in path
-
-
-def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Every annotation file and image folder of these dataloaders exists.
-
-    Args:
-        cfg: The whole config.
-        loaders: E.g. ``('train_dataloader', 'val_dataloader')``; absent ones are skipped.
-
-    Raises:
-        UserError: A path is missing.
-    """
-    for loader in loaders:
-        if cfg.get(loader) is None:
-            continue
-        for dataset in _datasets(cfg[loader].dataset):
-            root = dataset.get("data_root") or ""
-            paths = [dataset.get("ann_file") or ""]
-            prefix = dataset.get("data_prefix") or {}
-            paths += list(prefix.values()) if isinstance(prefix, dict) else [prefix]
-            for path in filter(None, paths):
-                full = path if osp.isabs(path) or _is_remote(path) else osp.join(root, path)
-                if not _is_remote(full) and not osp.exists(full):
-                    raise UserError(
-                        f"{full} does not exist ({loader}, data_root {root!r}); the COCO configs "
-                        f"take data_root from LAS_MM_COCO, and `python tools/make_demo_coco.py` "
-                        f"renders a small data set to try"
-                    )
 
 
 def check_visualizer(cfg: Config) -> None:

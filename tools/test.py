@@ -66,6 +66,7 @@ def configure(args: argparse.Namespace):
     # The checkpoint replaces all weights: fetching initial ones would be for nothing.
     cfg.model.get("backbone", {}).pop("init_cfg", None)
     model = preflight.build_model(cfg)
+    preflight.check_classes(cfg, model, ("test_dataloader",))
     hooks = list(cfg.get("custom_hooks") or [])
     if find_dynamic_backbones(model):
         latency = dict(type="las_mm.PredictedLatencyHook")

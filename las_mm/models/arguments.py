@@ -85,7 +85,7 @@ def require_bool(name: str, value: object) -> None:
 
 
 def check_stages(num_stages: int, static: type, given: dict) -> None:
-    """Raise ValueError where arguments, or the static backbone's defaults, do not fit the stages."""
+    """Raise ValueError where arguments or the static backbone's defaults do not fit the stages."""
     if num_stages not in range(1, 5):
         raise ValueError(f"num_stages must be 1 to 4, got {num_stages!r}")
 
