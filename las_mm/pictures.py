@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mmcv
 import numpy as np
 from mmengine.fileio import get
+from PIL import Image
 
 
 class UnreadableImage(ValueError):
@@ -55,6 +57,20 @@ def read_image(path: str, readers: list) -> np.ndarray:
         if image is not None:
             return image
     raise UnreadableImage(f"{path} is no image that can be read ({reason})")
+
+
+def check_whole(path: str | Path) -> None:
+    """Raise :class:`UnreadableImage` where an image file ends too early.
+
+    OpenCV fills the rest of some of these with grey and says nothing.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Image.UnidentifiedImageError:
+        pass  # not a format that Pillow knows, or no image: the decoder tells
+    except (OSError, SyntaxError) as error:
+        raise UnreadableImage(f"{path} is damaged: {error}") from error
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
