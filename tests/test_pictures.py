@@ -20,6 +20,12 @@ from las_mm.pictures import UnreadableImage, check_whole, loaders, read_image, t
 HEIGHT, WIDTH = 48, 64
 
 
+@pytest.fixture(autouse=True)
+def scope():
+    yield
+    preflight.reset_scope()
+
+
 @pytest.fixture(scope="module")
 def rgb() -> np.ndarray:
     """A smooth picture, so that JPEG changes little."""
@@ -131,7 +137,6 @@ def test_the_tool_draws_every_kind(config, folder, tmp_path, monkeypatch, rgb):
 
     monkeypatch.setattr(tool, "draw_masks", draw)
     assert tool.main([str(config), str(folder), "--out-dir", str(tmp_path)]) == 0
-    preflight.reset_scope()
     assert len(shown) == len(KINDS) == len(list(tmp_path.iterdir()))
     for name in KINDS:
         stem = name.rpartition(".")[0]
@@ -150,7 +155,6 @@ def test_the_tool_follows_the_configs_loader(config, folder, tmp_path, monkeypat
     options = [f"{first}.color_type=color_ignore_orientation", f"{first}.backend_args.backend=gone"]
     arguments = [str(config), str(folder / "rotated.jpg"), "--out-dir", str(tmp_path)]
     assert tool.main([*arguments, "--cfg-options", *options]) == 0
-    preflight.reset_scope()
     assert shown[0].shape == (HEIGHT, WIDTH, 3)
 
 
@@ -158,7 +162,6 @@ def test_the_tool_follows_the_configs_loader(config, folder, tmp_path, monkeypat
 def test_the_tool_says_what_it_cannot_read(name, config, broken, tmp_path, capsys):
     tool = load_tool("visualize_masks")
     assert tool.main([str(config), str(broken / name), "--out-dir", str(tmp_path)]) == 2
-    preflight.reset_scope()
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and f"{broken / name} is " in errors[0]
 
@@ -166,7 +169,6 @@ def test_the_tool_says_what_it_cannot_read(name, config, broken, tmp_path, capsy
 def test_the_tool_names_the_backbones(config, folder, tmp_path, capsys):
     tool = load_tool("visualize_masks")
     assert tool.main([str(config), str(folder), "--module", "teacher"]) == 2
-    preflight.reset_scope()
     assert "module='teacher' names no dynamic backbone" in capsys.readouterr().err
 
 

@@ -22,6 +22,12 @@ pytest.importorskip("mmdet")
 BOXES = ["--cfg-options", "model.roi_head.mask_head=None", "test_evaluator.metric=bbox"]
 
 
+@pytest.fixture(autouse=True)
+def scope():
+    yield
+    preflight.reset_scope()
+
+
 @pytest.fixture(scope="module")
 def config(tiny_config, tmp_path_factory):
     return tiny_config(tmp_path_factory.mktemp("tta"))
@@ -37,7 +43,6 @@ def checkpoint(config):
         torch.nn.init.zeros_(masker.conv.bias)
     path = config.parent / "weights.pth"
     torch.save(dict(state_dict=model.state_dict(), meta={}), path)
-    preflight.reset_scope()
     return path
 
 

@@ -24,6 +24,12 @@ from las_mm.models import LASResNet, collect_activations, find_dynamic_backbone
 NAMES = "student.backbone, teacher.backbone"
 
 
+@pytest.fixture(autouse=True)
+def scope():
+    yield
+    preflight.reset_scope()
+
+
 class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -190,4 +196,3 @@ def test_soft_teacher(tiny_config, tmp_path):
         if hook.type in ("las_mm.BudgetHook", "las_mm.PredictedLatencyHook"):
             hook.module = "student.backbone"
     preflight.check_hooks(cfg, model)
-    preflight.reset_scope()

@@ -26,6 +26,12 @@ NOTHING = dict(
 )
 
 
+@pytest.fixture(autouse=True)
+def scope():
+    yield
+    preflight.reset_scope()
+
+
 def test_what_asks_for_nothing_is_taken():
     net = LASResNet(50, **SMALL, **NOTHING)
     plain = LASResNet(50, **SMALL)
@@ -85,7 +91,6 @@ def test_preflight_says_it_in_one_sentence():
         preflight.build_model(cfg)
     expected = "LASResNet has no argument 'granularty'; did you mean granularity"
     assert expected in str(error.value) and "\n" not in str(error.value)
-    preflight.reset_scope()
 
 
 @pytest.mark.parametrize(
