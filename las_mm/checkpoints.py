@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import os.path as osp
 import pickle
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 # What mmengine's HistoryBuffer registers as its statistics, and so pickles.
@@ -32,7 +34,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     check_file(path)
     try:
-        with safe_reading():
+        with torch.serialization.safe_globals(_allowed()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -77,23 +79,35 @@ def _statistic(owner: object, name: str) -> str:
     return name
 
 
-# torch finds what a file asks for by these two, and files ask for them by their usual names.
-_LogHistory.__module__ = "mmengine.logging.history_buffer"
-_LogHistory.__qualname__ = "HistoryBuffer"
-_statistic.__module__, _statistic.__qualname__ = "builtins", "getattr"
+def _named(value: Any, module: str, name: str) -> Any:
+    """``value``, found by torch where a file names it so."""
+    value.__module__, value.__name__, value.__qualname__ = module, name, name
+    return value
 
 
-@contextlib.contextmanager
-def safe_reading() -> Iterator[None]:
-    """Let ``torch.load(weights_only=True)`` pass over the log history of mmengine's runner."""
-    import numpy as np
+_named(_LogHistory, "mmengine.logging.history_buffer", "HistoryBuffer")
+_named(_statistic, "builtins", "getattr")
 
-    core = np._core if hasattr(np, "_core") else np.core
-    kinds = ("float64", "float32", "int64", "int32", "uint32")
-    arrays = [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, slice]
-    dtypes = [type(np.dtype(kind)) for kind in kinds]
-    with torch.serialization.safe_globals([_LogHistory, _statistic, *arrays, *dtypes]):
-        yield
+
+def _allowed() -> list:
+    """What checkpoints of mmengine's runner name, besides what every torch allows."""
+    array, scalar = (value.__reduce__()[0] for value in (np.zeros(1), np.float64(0)))
+    made = dict(_reconstruct=array, scalar=scalar)
+    return [
+        _LogHistory,
+        _statistic,
+        codecs.encode,
+        np.ndarray,
+        np.dtype,
+        slice,
+        *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+        # numpy 2 moved them, and either reads what the other wrote.
+        *(
+            _named(partial(function), f"numpy.{core}.multiarray", name)
+            for core in ("core", "_core")
+            for name, function in made.items()
+        ),
+    ]
 
 
 def _last_line(error: BaseException) -> str:

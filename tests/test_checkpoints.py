@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def test_what_the_runner_writes_is_read(tmp_path):
     assert torch.equal(found["state_dict"]["weight"], net.weight)
     assert found["meta"] == content["meta"]
     assert "train/loss" in found["message_hub"]["log_scalars"]
+
+
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_what_another_numpy_wrote_is_read(core, tmp_path):
+    """numpy 2 calls its functions by other names than numpy 1."""
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    torch.save(dict(history=history, seen=np.float64(3)), tmp_path / "own.pth")
+    with zipfile.ZipFile(tmp_path / "own.pth") as file:
+        program = file.read("own/data.pkl")
+    other = re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", program)
+    assert other.count(b"numpy." + core + b".multiarray\n") >= 2
+    found = read_checkpoint(write(tmp_path / "other.pth", other))
+    assert found["seen"] == 3
 
 
 @pytest.mark.parametrize("name", ["__init__", "__class__", "__getstate__", "update", "__globals__"])
