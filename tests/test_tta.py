@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -110,6 +111,64 @@ def test_classifiers_scores_are_averaged():
     assert cfg.model.type == "AverageClsScoreTTA" and cfg.model.module.type == "ImageClassifier"
     (views,) = cfg.test_dataloader.dataset.dataset.pipeline
     assert views.type == "TestTimeAug" and views.transforms[1] == [pack]
+
+
+def test_a_classifier_end_to_end(tmp_path):
+    """Images of several sizes in two batches, resized, cropped and flipped."""
+    for i, size in enumerate([(80, 64), (64, 96), (72, 72)]):
+        pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), pixels)
+    pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="ResizeEdge", scale=72, edge="short"),
+        dict(type="CenterCrop", crop_size=64),
+        dict(type="PackInputs"),
+    ]
+    backbone = dict(type="las_mm.LASResNet", depth=50, base_channels=8, stem_channels=8)
+    hooks = ["las_mm.PredictedLatencyHook", "las_mm.MaskVisualizationHook"]
+    cfg = Config(
+        dict(
+            default_scope="mmpretrain",
+            model=dict(
+                type="ImageClassifier",
+                backbone=backbone,
+                neck=dict(type="GlobalAveragePooling"),
+                head=dict(type="LinearClsHead", num_classes=2, in_channels=256),
+            ),
+            test_dataloader=dict(
+                batch_size=2,
+                sampler=dict(type="DefaultSampler", shuffle=False),
+                collate_fn=dict(type="default_collate"),
+                dataset=dict(
+                    type="CustomDataset", data_root=str(tmp_path / "data"), pipeline=pipeline
+                ),
+            ),
+            test_evaluator=dict(type="Accuracy", topk=(1,)),
+            test_cfg=dict(),
+            custom_hooks=[dict(type=hook) for hook in hooks],
+            work_dir=str(tmp_path / "work"),
+            experiment_name="tta_classifier",
+        )
+    )
+    use_tta(cfg, preflight.build_model(cfg))
+    preflight.reset_scope()
+    runner = Runner.from_cfg(cfg)
+    backbone, seen = find_dynamic_backbone(runner.model), []
+    for masker in backbone.maskers():
+        torch.nn.init.normal_(masker.conv.weight, std=1.0)
+        torch.nn.init.zeros_(masker.conv.bias)
+    backbone.register_forward_hook(
+        lambda _, __, outs: seen.append((len(outs[-1]), backbone.network_activation().mean_rate))
+    )
+    runner.test()
+    assert [count for count, _ in seen] == [2, 2, 1, 1]
+    mean = sum(count * rate.item() for count, rate in seen) / 6
+    scalars = runner.message_hub.log_scalars
+    assert scalars["test/las_mm/activation_rate"].current() == pytest.approx(mean, rel=1e-5)
+    names = sorted(path.name for path in (tmp_path / "work" / "masks").iterdir())
+    assert names == ["0.png", "1.png", "2.png"]
 
 
 def test_own_settings_are_used():
