@@ -125,7 +125,9 @@ def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, str,
     return ("winograd" if choice.winograd else "direct"), choice.decided_by, seconds
 
 
-def explain(model: nn.Module, image: Tensor, quiet: bool = False) -> Explanation:
+def explain(
+    model: nn.Module, image: Tensor, quiet: bool = False, module: str | None = None
+) -> Explanation:
     """Run the backbone of ``model`` on ``image`` and print what each block did and took.
 
     Args:
@@ -133,17 +135,19 @@ def explain(model: nn.Module, image: Tensor, quiet: bool = False) -> Explanation
             block is waited for, so blocks take longer than in a stream of them.
         image: What the backbone gets: (3, H, W) or (N, 3, H, W), normalised, the weights' dtype.
         quiet: Only return the explanation.
+        module: Which backbone, where the model has several, e.g. ``'student.backbone'``.
 
     Returns:
         The rows of the table.
 
     Raises:
-        ValueError: No dynamic backbone, an image of another shape, or no native kernels.
+        ValueError: No dynamic backbone, or several that could be meant, an image of another shape,
+            or no native kernels.
 
     Example:
         >>> las_mm.explain(model.backbone, torch.rand(3, 800, 1344))  # doctest: +SKIP
     """
-    backbone = find_dynamic_backbone(model)
+    backbone = find_dynamic_backbone(model, module)
     if not isinstance(image, Tensor):
         raise ValueError(f"image must be a tensor, got {type(image).__name__}")
     if image.dim() == 3:

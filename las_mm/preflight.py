@@ -11,27 +11,26 @@ import contextlib
 import importlib.util
 import os
 import os.path as osp
-import pickle
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from las_mm.checkpoints import CheckpointError, NeedsTrust, check_file, read_checkpoint
+from las_mm.datasets import check_classes as check_classes
+from las_mm.datasets import check_data as check_data
 from las_mm.dependencies import MissingDependencyError
+from las_mm.errors import UserError
 from las_mm.registry import HOOKS, MODELS
 
 # Seconds after which unreachable weights are given up.
 DOWNLOAD_TIMEOUT = 30.0
-
-
-class UserError(Exception):
-    """Something the user can mend; its message is one sentence for a terminal."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,47 +67,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
     return cfg
 
 
-def _datasets(cfg: ConfigDict) -> Iterator[ConfigDict]:
-    """All dataset configs below a dataset config, wrappers opened."""
-    if "dataset" in cfg:
-        yield from _datasets(cfg.dataset)
-    elif "datasets" in cfg:
-        for child in cfg.datasets:
-            yield from _datasets(child)
-    else:
-        yield cfg
-
-
 def _is_remote(path: str) -> bool:
     return "://" in path
-
-
-def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Every annotation file and image folder of these dataloaders exists.
-
-    Args:
-        cfg: The whole config.
-        loaders: E.g. ``('train_dataloader', 'val_dataloader')``; absent ones are skipped.
-
-    Raises:
-        UserError: A path is missing.
-    """
-    for loader in loaders:
-        if cfg.get(loader) is None:
-            continue
-        for dataset in _datasets(cfg[loader].dataset):
-            root = dataset.get("data_root") or ""
-            paths = [dataset.get("ann_file") or ""]
-            prefix = dataset.get("data_prefix") or {}
-            paths += list(prefix.values()) if isinstance(prefix, dict) else [prefix]
-            for path in filter(None, paths):
-                full = path if osp.isabs(path) or _is_remote(path) else osp.join(root, path)
-                if not _is_remote(full) and not osp.exists(full):
-                    raise UserError(
-                        f"{full} does not exist ({loader}, data_root {root!r}); the COCO configs "
-                        f"take data_root from LAS_MM_COCO, and `python tools/make_demo_coco.py` "
-                        f"renders a small data set to try"
-                    )
 
 
 def check_visualizer(cfg: Config) -> None:
@@ -163,8 +123,7 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
     Raises:
         UserError: One of them does not.
     """
-    from las_mm.hooks import BudgetHook, IterationSeedHook
-    from las_mm.models.activation import find_dynamic_backbone
+    from las_mm.hooks import BudgetHook
 
     for hook in cfg.get("custom_hooks") or []:
         name = hook_name(hook)
@@ -175,8 +134,8 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
             if isinstance(built, BudgetHook):
                 built.attach(model)
                 built.remove()
-            elif not isinstance(built, IterationSeedHook):
-                find_dynamic_backbone(model)
+            elif hasattr(built, "check"):
+                built.check(model)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise UserError(f"custom_hooks of the config, {name}: {_last_line(error)}") from error
 
@@ -189,6 +148,7 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
     Raises:
         UserError: They cannot or are not; the message names LAS_MM_PRETRAINED and ``none``.
     """
+    from las_mm.models.initialization import split
     from las_mm.models.maskers import is_masker
 
     way_out = "set LAS_MM_PRETRAINED to a checkpoint file or URL, or to none to start from scratch"
@@ -201,9 +161,8 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
             raise UserError(
                 f"static weights {static} cannot be used ({_last_line(error)}); {way_out}"
             ) from error
-    init_cfg = cfg.model.get("backbone", {}).get("init_cfg")
-    for entry in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]:
-        if not isinstance(entry, dict) or entry.get("type") != "Pretrained":
+    for part, entry in split(cfg.model.get("backbone", {}).get("init_cfg"))[1]:
+        if part:
             continue
         source = entry["checkpoint"]
         try:
@@ -300,45 +259,17 @@ def load_checkpoint(path: str, trust: bool = False) -> dict:
     Raises:
         UserError: The file is missing, damaged or needs trust.
     """
-    if not osp.isfile(path):
-        problem = "is a folder; name the file in it" if osp.isdir(path) else "does not exist"
-        raise UserError(f"checkpoint {path} {problem}")
-    with open(path, "rb") as file:
-        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip file, or torch's old pickles
-            raise UserError(f"checkpoint {path} is damaged: it is no file that torch.save writes")
     try:
-        if trust:
-            return torch.load(path, map_location="cpu", weights_only=False)
-        with torch.serialization.safe_globals(_safe_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise UserError(
-                f"checkpoint {path} holds objects other than weights; if you trust its origin, "
-                f"add --trust-checkpoint"
-            ) from error
+        if not trust:
+            return read_checkpoint(path)
+        check_file(path)
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except NeedsTrust as error:
+        raise UserError(f"{error}; if you trust its origin, add --trust-checkpoint") from error
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    except Exception as error:  # a pickle is a program: anything may come out of it
         raise UserError(f"checkpoint {path} is damaged: {_last_line(error)}") from error
-    except Exception as error:  # damaged bytes may raise anything, depending on where they are
-        raise UserError(f"checkpoint {path} is damaged: {_last_line(error)}") from error
-
-
-def _safe_globals() -> list:
-    """What a checkpoint written by mmengine holds besides tensors: its log history."""
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
-
-    core = np._core if hasattr(np, "_core") else np.core
-    dtypes = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "uint32")]
-    return [
-        HistoryBuffer,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
-        np.ndarray,
-        np.dtype,
-        slice,
-        getattr,
-        *dtypes,
-    ]
 
 
 def check_checkpoint(model: nn.Module, path: str, trust: bool = False, strict: bool = True) -> dict:

@@ -43,7 +43,7 @@ class DatasetSummary:
     )
 
     def __init__(self) -> None:
-        self.images = 0
+        self.images: float = 0
         self.stages: dict[str, StageTotals] = {}
 
     def add(
@@ -52,7 +52,7 @@ class DatasetSummary:
         prediction: Prediction,
         static_block_s: np.ndarray,
         stem_s: float,
-        images: int,
+        images: float,
     ) -> None:
         """Add one forward pass.
 
@@ -61,7 +61,7 @@ class DatasetSummary:
             prediction: Predicted seconds per image at these rates.
             static_block_s: (n_blocks,) seconds per image of the static blocks.
             stem_s: Seconds per image of the stem.
-            images: Images in the batch.
+            images: Images in the batch, less those that shall not count.
         """
         counts = count_macs(activation.shape)
         report = flops_report(activation.detach())
@@ -93,7 +93,7 @@ class DatasetSummary:
             self._add(f"stage {stage}", totals, np.array(sums), images)
         self.images += images
 
-    def _add(self, name: str, empty: StageTotals, values: np.ndarray, images: int) -> None:
+    def _add(self, name: str, empty: StageTotals, values: np.ndarray, images: float) -> None:
         totals = self.stages.setdefault(name, empty)
         totals.sums = totals.sums + values * images
 
@@ -105,7 +105,7 @@ class DatasetSummary:
         tensor = torch.as_tensor(packed, dtype=torch.float64)
         dist.all_reduce(tensor, op="sum")
         packed = tensor.numpy()
-        self.images = int(packed[0])
+        self.images = packed[0]
         for totals, sums in zip(self.stages.values(), packed[1:].reshape(-1, len(self.COLUMNS))):
             totals.sums = sums
 
@@ -150,9 +150,10 @@ class DatasetSummary:
             total += totals.n_blocks * totals.sums[column] / self.images - others if count else 0.0
         return total / sum(blocks)
 
-    def table(self, device: str) -> str:
-        """A table for people: one row per stage, milliseconds per image."""
-        table = Table(title=f"{self.images} images, latency predicted for {device}, per image")
+    def table(self, device: str, what: str = "images") -> str:
+        """A table for people: one row per stage, milliseconds per image (or ``what``)."""
+        title = f"{self.images:.0f} {what}, latency predicted for {device}, per {what[:-1]}"
+        table = Table(title=title)
         for column in ("", "blocks", "mode"):
             table.add_column(column)
         channels = ("channels",) if self.has_channels else ()

@@ -139,13 +139,14 @@ def unpad(
     """Cut the padding off a map of the network's input and find its place in the original image.
 
     Padding is at the right and bottom. Where the network saw less than the resized image, it is
-    taken for a centre crop, as classifiers use; flips are not undone.
+    taken for a centre crop, as classifiers use. An image that was flipped is flipped back.
 
     Args:
         share: (H, W) of the network's input.
         image_hw: (height, width) of the original image.
-        metainfo: Of the data sample: ``img_shape``, ``ori_shape`` and ``scale_factor`` (width,
-            height), all optional; the factor is read where ``ori_shape`` is the image's.
+        metainfo: Of the data sample: ``img_shape``, ``ori_shape``, ``scale_factor`` (width,
+            height), ``flip`` and ``flip_direction``, all optional; the factor is read where
+            ``ori_shape`` is the image's.
 
     Returns:
         The cut map, and the part of the original image it covers as (left, right, top, bottom)
@@ -163,7 +164,12 @@ def unpad(
         stop = start + used / factor if resized > used else float(image)
         window.append((start, stop))
     (top, bottom), (left, right) = window
-    return share[: seen[0], : seen[1]], (left, right, top, bottom)
+    share = share[: seen[0], : seen[1]]
+    if metainfo.get("flip"):
+        direction = metainfo.get("flip_direction") or "horizontal"
+        share = share[:, ::-1] if direction in ("horizontal", "diagonal") else share
+        share = share[::-1] if direction in ("vertical", "diagonal") else share
+    return share, (left, right, top, bottom)
 
 
 def draw_masks(

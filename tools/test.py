@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 
 from las_mm import preflight
 from las_mm.models.activation import find_dynamic_backbones
+from las_mm.tta import use_tta
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,6 +31,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--device", help="device of the latency prediction: a shipped name or a file"
+    )
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation, by the config's tta_model and tta_pipeline or with flips",
+    )
+    parser.add_argument(
+        "--module", help="the dynamic backbone, where a model has several: e.g. teacher.backbone"
     )
     parser.add_argument("--trust-checkpoint", action="store_true", help="see train.py")
     parser.add_argument(
@@ -57,6 +66,7 @@ def configure(args: argparse.Namespace):
     # The checkpoint replaces all weights: fetching initial ones would be for nothing.
     cfg.model.get("backbone", {}).pop("init_cfg", None)
     model = preflight.build_model(cfg)
+    preflight.check_classes(cfg, model, ("test_dataloader",))
     hooks = list(cfg.get("custom_hooks") or [])
     if find_dynamic_backbones(model):
         latency = dict(type="las_mm.PredictedLatencyHook")
@@ -66,11 +76,13 @@ def configure(args: argparse.Namespace):
                 latency = dict(hook)
         if args.device is not None:
             latency["device"] = args.device
+        if args.module is not None:
+            latency.update(module=args.module, val_module=args.module)
         hooks.append(latency)
         if args.show_dir is not None:
-            hooks.append(
-                dict(type="las_mm.MaskVisualizationHook", out_dir=osp.abspath(args.show_dir))
-            )
+            folder = osp.abspath(args.show_dir)
+            masks = dict(type="las_mm.MaskVisualizationHook", out_dir=folder)
+            hooks.append({**masks, "module": latency.get("val_module") or latency.get("module")})
     elif args.show_dir is not None:
         raise preflight.UserError(
             f"--show-dir draws masks, and the model of {args.config} has no dynamic backbone"
@@ -83,6 +95,8 @@ def configure(args: argparse.Namespace):
         evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
         dump = dict(type="DumpResults", out_file_path=args.out)
         cfg.test_evaluator = [*evaluators, dump]
+    if args.tta:
+        use_tta(cfg, model)
     preflight.prepare_device(cfg)
     preflight.reset_scope()
     return cfg

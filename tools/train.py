@@ -68,9 +68,11 @@ def configure(args: argparse.Namespace):
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
 
-    preflight.check_data(cfg, ("train_dataloader", "val_dataloader"))
+    loaders = ("train_dataloader", "val_dataloader")
+    preflight.check_data(cfg, loaders)
     preflight.check_visualizer(cfg)
     model = preflight.build_model(cfg)
+    preflight.check_classes(cfg, model, loaders)
     preflight.check_hooks(cfg, model)
     if preflight.check_resume(cfg, model, args.trust_checkpoint):
         # The checkpoint replaces all weights: the runner must not fetch initial ones first.

@@ -16,8 +16,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import cv2
-import mmcv
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
 from rich.progress import track
@@ -25,7 +23,12 @@ from torch import nn
 
 from las_mm import preflight
 from las_mm.dependencies import MissingDependencyError, require
-from las_mm.models.activation import collect_activations, find_dynamic_backbones
+from las_mm.models.activation import (
+    collect_activations,
+    find_dynamic_backbone,
+    find_dynamic_backbones,
+)
+from las_mm.pictures import UnreadableImage, check_whole, read_image, to_rgb
 from las_mm.preflight import UserError
 from las_mm.visualization import draw_masks, require_matplotlib, write_png
 
@@ -76,19 +79,42 @@ def build_detector(config: Config, checkpoint: Path | None, trust: bool, device:
         raise UserError(f"device {device!r} cannot be used: {error}") from error
 
 
-def visualize(model: nn.Module, images: list[Path], out_dir: Path, score_thr: float) -> None:
+def local_reader(config: Config) -> list:
+    """What reads the images of the config's test, from this machine's files."""
+    from mmdet.registry import TRANSFORMS
+
+    dataset = config.test_dataloader.dataset
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    stores = ("backend_args", "file_client_args")
+    first = {key: value for key, value in dataset.pipeline[0].items() if key not in stores}
+    if "LoadImageFromFile" not in str(first["type"]):
+        return []
+    return [TRANSFORMS.build(first)]
+
+
+def visualize(
+    model: nn.Module,
+    images: list[Path],
+    out_dir: Path,
+    score_thr: float,
+    module: str | None = None,
+) -> None:
     """Run the detector on each image and write its picture."""
     from mmdet.apis import inference_detector
 
+    reader = local_reader(model.cfg)
     for path, name in zip(track(images, description="images"), picture_names(images)):
         try:
-            image = mmcv.imread(path, channel_order="rgb")
-        except cv2.error as error:  # what OpenCV makes of a file that it cannot decode
-            raise UserError(f"{path} is no image that can be read") from error
-        sample = inference_detector(model, str(path))
+            check_whole(path)
+            image = read_image(str(path), reader)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+        # Not the path: the picture shows the pixels that the network gets.
+        sample = inference_detector(model, image)
         picture = draw_masks(
-            image,
-            collect_activations(model),
+            to_rgb(image),
+            collect_activations(model, module),
             data_sample=sample,
             dataset_meta=model.dataset_meta,
             score_thr=score_thr,
@@ -109,6 +135,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trust-checkpoint", action="store_true", help="see train.py")
     parser.add_argument("--out-dir", type=Path, default=Path("masks"), help="folder of pictures")
     parser.add_argument("--score-thr", type=float, default=0.3, help="draw detections above it")
+    parser.add_argument("--module", help="the dynamic backbone, where a model has several")
     parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda:0")
     parser.add_argument(
         "--cfg-options",
@@ -135,7 +162,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.checkpoint is None:
             print("No --checkpoint: the weights are random.", file=sys.stderr)
         model = build_detector(config, args.checkpoint, args.trust_checkpoint, args.device)
-        visualize(model, images, args.out_dir, args.score_thr)
+        try:
+            find_dynamic_backbone(model, args.module)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        visualize(model, images, args.out_dir, args.score_thr, args.module)
     except (UserError, MissingDependencyError, OSError) as error:
         print(f"visualize_masks: error: {error}", file=sys.stderr)
         return 2

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from las_mm.losses import BudgetLoss
-from las_mm.models.activation import collect_activations, find_dynamic_backbone
+from las_mm.models.activation import find_dynamic_backbone, require_gradients, unwrap
 from las_mm.models.flops import flops_report
 from las_mm.registry import HOOKS, MODELS
 
@@ -27,9 +27,14 @@ class BudgetHook(Hook):
     Args:
         loss: Config of a budget loss, or the loss. Defaults to
             ``dict(type='las_mm.BudgetLoss', target=0.5)``.
+        module: Where the model has several dynamic backbones, the one that is held to the budget,
+            e.g. ``'student.backbone'`` of a semi-supervised detector. Of several forward passes in
+            an iteration the last one counts.
 
     Raises:
-        ValueError: The model has no dynamic backbone.
+        ValueError: The model has no dynamic backbone, or several and ``module`` names none.
+        RuntimeError: In training, if the rates carry no gradient: see
+            :func:`~las_mm.models.activation.require_gradients`.
 
     Example:
         >>> custom_hooks = [
@@ -39,7 +44,7 @@ class BudgetHook(Hook):
     # After ParamScheduler etc., before LoggerHook; only before_train matters.
     priority = "NORMAL"
 
-    def __init__(self, loss: dict | BudgetLoss | None = None) -> None:
+    def __init__(self, loss: dict | BudgetLoss | None = None, module: str | None = None) -> None:
         loss = dict(type="las_mm.BudgetLoss", target=0.5) if loss is None else loss
         self.loss: BudgetLoss = MODELS.build(loss) if isinstance(loss, dict) else loss
         if not callable(self.loss):
@@ -47,11 +52,12 @@ class BudgetHook(Hook):
                 f"loss of BudgetHook must be a config such as dict(type='las_mm.BudgetLoss', "
                 f"target=0.5), got {loss!r}"
             )
+        self.module = module
         self._progress = 0.0
         self._handle = None
 
     def before_train(self, runner) -> None:
-        self.attach(runner.model.module if is_model_wrapper(runner.model) else runner.model)
+        self.attach(unwrap(runner.model))
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         self._progress = runner.iter / runner.max_iters
@@ -65,7 +71,7 @@ class BudgetHook(Hook):
         Raises:
             ValueError: The model has no dynamic backbone, or one whose stages are all static.
         """
-        if not find_dynamic_backbone(model).maskers():
+        if not find_dynamic_backbone(model, self.module).maskers():
             raise ValueError(
                 "every stage of the backbone is static, so BudgetHook has nothing to hold to a "
                 "budget: set mode of the backbone to 'spatial', 'channel', 'both' or 'layer', or "
@@ -87,7 +93,10 @@ class BudgetHook(Hook):
 
     def budget_losses(self, model: nn.Module) -> dict[str, Tensor]:
         """``loss_budget`` and the rates, from the model's last forward pass, over all ranks."""
-        activation = collect_activations(model).reduce_mean()
+        backbone = find_dynamic_backbone(model, self.module)
+        if torch.is_grad_enabled():
+            require_gradients(backbone)
+        activation = backbone.network_activation().reduce_mean()
         flops = flops_report(activation)
         losses = {
             "flops_ratio": flops.ratio.detach(),

@@ -7,14 +7,11 @@ from pathlib import Path
 import torch
 from mmengine import dist
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from torch import nn
 
+from las_mm.hooks.passes import Passes
 from las_mm.latency import LatencyTable, LatencyTables
-from las_mm.models.activation import (
-    NetworkActivation,
-    collect_activations,
-    find_dynamic_backbone,
-)
+from las_mm.models.activation import NetworkActivation, find_dynamic_backbone
 from las_mm.registry import HOOKS
 from las_mm.summary import DatasetSummary
 
@@ -31,7 +28,7 @@ class PredictedLatencyHook(Hook):
     message hub and so to terminal, JSON log and TensorBoard (where BudgetHook trains to latency,
     ``latency_ratio`` is its own, for its device and batch); in validation and test the means over
     the data set do, together with ``flops_ratio`` and the activation rates, and a table per stage
-    is printed.
+    is printed. With test-time augmentation these are means over all views of all images.
 
     Args:
         device: A shipped device (see :func:`las_mm.latency.load_device`) or the path of a device
@@ -40,6 +37,10 @@ class PredictedLatencyHook(Hook):
         interval: Training iterations between two predictions. Defaults to 10.
         setting: ``'full'`` as above, or ``'paper'``: the four stages only, and the block's rate
             for conv1 too, as the published figures count. Defaults to ``'full'``.
+        module: Where the model has several dynamic backbones, the one to log, e.g.
+            ``'student.backbone'`` of a semi-supervised detector.
+        val_module: The same for validation and test, where such detectors run their teacher:
+            ``'teacher.backbone'``. Defaults to ``module``.
 
     Raises:
         ValueError: Unknown device or setting, or ``batch_size`` or ``interval`` that is no
@@ -57,6 +58,8 @@ class PredictedLatencyHook(Hook):
         batch_size: int | None = None,
         interval: int = 10,
         setting: str = "full",
+        module: str | None = None,
+        val_module: str | None = None,
     ) -> None:
         if setting not in SETTINGS:
             raise ValueError(
@@ -70,10 +73,13 @@ class PredictedLatencyHook(Hook):
                     f"{name} of PredictedLatencyHook must be a positive integer, got {value!r}"
                 )
         self.interval = interval
+        self.module = module
+        self.val_module = module if val_module is None else val_module
         self.paper = setting == "paper"
         self.tables = LatencyTables(device, batch_size, include_stem=not self.paper)
         self.device = self.tables.device
         self._summary = DatasetSummary()
+        self._passes = Passes()
 
     def table(self, activation: NetworkActivation) -> LatencyTable:
         """The tabulated predictor for this network at this input size, built once each."""
@@ -92,17 +98,23 @@ class PredictedLatencyHook(Hook):
         )
         return self.table(activation).predict(rates, None if self.paper else dilated, channel)
 
-    @staticmethod
-    def _model(runner):
-        return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    def check(self, model: nn.Module) -> None:
+        """The model has the dynamic backbones that this hook reads.
+
+        Raises:
+            ValueError: It has not.
+        """
+        find_dynamic_backbone(model, self.module)
+        find_dynamic_backbone(model, self.val_module)
 
     def before_run(self, runner) -> None:
-        find_dynamic_backbone(self._model(runner))  # fail before any work
+        self.check(runner.model)  # fail before any work
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         if not (self.every_n_train_iters(runner, self.interval) or runner.iter == 0):
             return
-        prediction = self.predict(collect_activations(self._model(runner)).detach())
+        backbone = find_dynamic_backbone(runner.model, self.module)
+        prediction = self.predict(backbone.network_activation().detach())
         for key, value in dict(
             latency_ms=1e3 * prediction.total_s,
             static_latency_ms=1e3 * prediction.static_s,
@@ -113,28 +125,36 @@ class PredictedLatencyHook(Hook):
             runner.message_hub.update_scalar(f"train/{key}", value)
 
     def before_val_epoch(self, runner) -> None:
-        self._start_summary(runner.val_dataloader)
+        self._start_summary(runner, runner.val_dataloader)
 
     def before_test_epoch(self, runner) -> None:
-        self._start_summary(runner.test_dataloader)
+        self._start_summary(runner, runner.test_dataloader)
 
-    def _start_summary(self, loader) -> None:
+    def _start_summary(self, runner, loader) -> None:
         self._summary = DatasetSummary()
+        self._what = "images"
         # mmengine's sampler deals images out in turn and repeats some to fill the last round.
         self._images_left = len(range(dist.get_rank(), len(loader.dataset), dist.get_world_size()))
+        self._passes.start(find_dynamic_backbone(runner.model, self.val_module))
 
     def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        activation = collect_activations(self._model(runner)).detach()
-        table = self.table(activation)
-        images = min(len(outputs) if outputs is not None else 1, self._images_left)
+        batch = len(outputs) if outputs is not None else 1
+        images = min(batch, self._images_left)
         self._images_left -= images
-        self._summary.add(
-            activation,
-            self.predict(activation),
-            table.static_block_s,
-            table.stem_s,
-            images=images,  # may be 0: reduce() needs the stages from every process
-        )
+        passes = self._passes.take()
+        if sum(count for count, _ in passes) > batch:
+            self._what = "views"  # of test-time augmentation, or windows of a large image
+        for count, activation in passes:
+            table = self.table(activation)
+            self._summary.add(
+                activation,
+                self.predict(activation),
+                table.static_block_s,
+                table.stem_s,
+                # Of a batch's views as of its images, repetitions are not counted; may be 0, as
+                # reduce() needs the stages from every process.
+                images=count * images / batch,
+            )
 
     after_test_iter = after_val_iter
 
@@ -145,8 +165,15 @@ class PredictedLatencyHook(Hook):
         self._publish(runner, "test")
 
     def _publish(self, runner, mode: str) -> None:
+        self._passes.stop()
+        if not self._summary.stages:
+            runner.logger.warning(
+                f"PredictedLatencyHook: {self.val_module or 'the dynamic backbone'} did not run in "
+                f"{mode}, so there is no latency to log; val_module names the backbone that does"
+            )
+            return
         self._summary.reduce()
         for key, value in self._summary.metrics().items():
             # A name of its own: loggers drop the mode, and validation counts steps in epochs.
             runner.message_hub.update_scalar(f"{mode}/las_mm/{key}", value)
-        runner.logger.info("\n" + self._summary.table(self.device.name))
+        runner.logger.info("\n" + self._summary.table(self.device.name, self._what))

@@ -6,14 +6,14 @@ import os.path as osp
 from numbers import Real
 from pathlib import Path
 
-import mmcv
 import numpy as np
 from mmengine import dist
-from mmengine.fileio import get
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from torch import nn
 
-from las_mm.models.activation import collect_activations, find_dynamic_backbone
+from las_mm.hooks.passes import Passes
+from las_mm.models.activation import NetworkActivation, find_dynamic_backbone, unwrap
+from las_mm.pictures import UnreadableImage, loaders, read_image, to_rgb
 from las_mm.registry import HOOKS
 from las_mm.visualization import draw_masks, require_matplotlib, write_png
 
@@ -27,7 +27,8 @@ class MaskVisualizationHook(Hook):
     ``<work_dir>/<out_dir>/<image name>.png``, with ``_epoch3`` (``_iter2000`` in training by
     iterations) after the name when validating during training, and ``_rank1`` in distributed
     runs, where every process draws the images it has seen. Works with detectors and classifiers;
-    with test-time augmentation the maps are those of the last view.
+    with test-time augmentation the maps are those of the first view. Images are read as the data
+    set's pipeline reads them; one that cannot be is named in the log and not drawn.
 
     Args:
         out_dir: Folder of the pictures, inside the work directory. Defaults to ``'masks'``.
@@ -36,6 +37,8 @@ class MaskVisualizationHook(Hook):
         max_images: Most pictures per process in one validation or test. Defaults to 50.
         in_val: Whether to draw in validation. Defaults to True.
         in_test: Whether to draw in tests. Defaults to True.
+        module: Where the model has several dynamic backbones, the one whose maps are drawn: that
+            which validation and test run, e.g. ``'teacher.backbone'``.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
@@ -55,6 +58,7 @@ class MaskVisualizationHook(Hook):
         max_images: int = 50,
         in_val: bool = True,
         in_test: bool = True,
+        module: str | None = None,
     ) -> None:
         def check(name: str, value: object, valid: bool, wanted: str) -> None:
             if not valid:
@@ -75,16 +79,24 @@ class MaskVisualizationHook(Hook):
         self.max_images = max_images
         self.in_val = in_val
         self.in_test = in_test
+        self.module = module
         self._training = False
         self._names: set[str] = set()
+        self._passes = Passes()
+        self._readers: list = []
 
-    @staticmethod
-    def _model(runner):
-        return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    def check(self, model: nn.Module) -> None:
+        """The model has the dynamic backbone that this hook reads, and pictures can be drawn.
+
+        Raises:
+            ValueError: It has not.
+            MissingDependencyError: There is no matplotlib.
+        """
+        require_matplotlib()
+        find_dynamic_backbone(model, self.module)
 
     def before_run(self, runner) -> None:
-        require_matplotlib()  # fail before any work
-        find_dynamic_backbone(self._model(runner))
+        self.check(runner.model)  # fail before any work
 
     def before_train(self, runner) -> None:
         self._training = True
@@ -93,9 +105,15 @@ class MaskVisualizationHook(Hook):
         self._training = False
 
     def before_val_epoch(self, runner) -> None:
-        self._names = set()
+        self._start(runner, runner.val_dataloader)
 
-    before_test_epoch = before_val_epoch
+    def before_test_epoch(self, runner) -> None:
+        self._start(runner, runner.test_dataloader)
+
+    def _start(self, runner, loader) -> None:
+        self._names = set()
+        self._readers = list(loaders(loader.dataset))
+        self._passes.start(find_dynamic_backbone(runner.model, self.module))
 
     def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         if self.in_val:
@@ -106,6 +124,7 @@ class MaskVisualizationHook(Hook):
             self._draw_batch(runner, batch_idx, data_batch, outputs)
 
     def after_val_epoch(self, runner, metrics=None) -> None:
+        self._passes.stop()
         if self._names:
             folder = osp.join(runner.work_dir, self.out_dir)
             runner.logger.info(f"{len(self._names)} pictures of masks written to {folder}")
@@ -113,16 +132,28 @@ class MaskVisualizationHook(Hook):
     after_test_epoch = after_val_epoch
 
     def _draw_batch(self, runner, batch_idx: int, data_batch, outputs) -> None:
+        passes = self._passes.take()
         if batch_idx % self.interval or len(self._names) >= self.max_images:
             return
-        model = self._model(runner)
-        activation = collect_activations(model)
+        model = unwrap(runner.model)
         for i, sample in enumerate(outputs[: self.max_images - len(self._names)]):
+            index, activation = _pass_of(i, passes)
+            if activation is None:
+                runner.logger.warning(
+                    f"MaskVisualizationHook: {self.module or 'the dynamic backbone'} did not run, "
+                    f"so there are no masks to draw; module names the backbone that does"
+                )
+                return
             name = self._name(runner, sample)
+            try:
+                image = self._original_image(sample, i, data_batch, model)
+            except UnreadableImage as error:
+                runner.logger.warning(f"MaskVisualizationHook: no picture of {name}: {error}")
+                continue
             picture = draw_masks(
-                _original_image(sample, i, data_batch, model),
+                image,
                 activation,
-                i,
+                index,
                 data_sample=sample,
                 dataset_meta=getattr(runner.visualizer, "dataset_meta", None),
                 score_thr=self.score_thr,
@@ -149,15 +180,30 @@ class MaskVisualizationHook(Hook):
         self._names.add(name)
         return name
 
+    def _original_image(self, sample, index: int, data_batch: dict, model) -> np.ndarray:
+        """The image as its file has it, or the network's input where there is no file.
 
-def _original_image(sample, index: int, data_batch: dict, model) -> np.ndarray:
-    """The image as its file has it, or the network's input where there is no file: RGB, uint8."""
-    path = sample.metainfo.get("img_path")
-    if path:
-        return mmcv.imfrombytes(get(path), channel_order="rgb")
-    image = data_batch["inputs"][index].cpu().numpy().transpose(1, 2, 0)
-    image = image.clip(0, 255).astype(np.uint8)
-    preprocessor = model.data_preprocessor
-    # mmpretrain's flag, mmengine's flag: the model wants RGB and gets BGR.
-    swap = getattr(preprocessor, "to_rgb", getattr(preprocessor, "_channel_conversion", False))
-    return np.ascontiguousarray(image[..., ::-1] if swap else image)
+        (H, W, 3) RGB, uint8.
+        """
+        path = sample.metainfo.get("img_path")
+        if path:
+            return to_rgb(read_image(path, self._readers))
+        inputs = data_batch["inputs"]
+        if isinstance(inputs[0], (list, tuple)):  # the first view of test-time augmentation
+            inputs = inputs[0]
+        image = to_rgb(inputs[index].cpu().numpy().transpose(1, 2, 0))
+        preprocessor = model.data_preprocessor
+        # mmpretrain's flag, mmengine's flag: the model wants RGB and gets BGR.
+        swap = getattr(preprocessor, "to_rgb", getattr(preprocessor, "_channel_conversion", False))
+        return image if swap else np.ascontiguousarray(image[..., ::-1])
+
+
+def _pass_of(
+    image: int, passes: list[tuple[int, NetworkActivation]]
+) -> tuple[int, NetworkActivation | None]:
+    """Where an image of a batch is: its index in a forward pass, and that pass' record."""
+    for count, activation in passes:
+        if image < count:
+            return image, activation
+        image -= count
+    return 0, None

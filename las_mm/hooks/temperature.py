@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from torch import nn
 
-from las_mm.models.activation import find_dynamic_backbone
+from las_mm.models.activation import find_dynamic_backbone, find_dynamic_backbones, unwrap
 from las_mm.registry import HOOKS
 
 SCHEDULES = ("constant", "exponential")
@@ -27,10 +27,12 @@ class TemperatureHook(Hook):
             with noise to the end the maskers' logits stay near the threshold, and the rate of
             inference is not that of training. Defaults to ``None``: full noise throughout, the
             papers' recipe.
+        module: Only the maskers of this dynamic backbone, e.g. ``'student.backbone'``. Defaults to
+            those of all.
 
     Raises:
         ValueError: A temperature <= 0, an unknown schedule, or a ``noise_fade`` that is not
-            0 <= begin < end <= 1.
+            0 <= begin < end <= 1. At the start of training: no dynamic backbone, or not that.
 
     Example:
         >>> custom_hooks = [dict(type='las_mm.TemperatureHook', start=0.1, schedule='constant')]
@@ -44,6 +46,7 @@ class TemperatureHook(Hook):
         end: float = 0.1,
         schedule: str = "exponential",
         noise_fade: tuple[float, float] | None = None,
+        module: str | None = None,
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(
@@ -60,6 +63,7 @@ class TemperatureHook(Hook):
                     f"noise_fade of TemperatureHook must be (begin, end) with "
                     f"0 <= begin < end <= 1, got {noise_fade!r}"
                 )
+        self.module = module
         self.noise_fade = noise_fade
         self.start = start
         self.end = end if schedule == "exponential" else start
@@ -77,8 +81,24 @@ class TemperatureHook(Hook):
         return min(1.0, max(0.0, (end - iteration / max_iters) / (end - begin)))
 
     def before_train(self, runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._maskers = find_dynamic_backbone(model).maskers()
+        self._maskers = [
+            masker for backbone in self.backbones(runner.model) for masker in backbone.maskers()
+        ]
+
+    def check(self, model: nn.Module) -> None:
+        """The model has maskers whose temperature this hook can set.
+
+        Raises:
+            ValueError: It has not.
+        """
+        self.backbones(model)
+
+    def backbones(self, model: nn.Module) -> list[nn.Module]:
+        """Those whose temperature this hook sets."""
+        found = [backbone for _, backbone in find_dynamic_backbones(unwrap(model))]
+        if self.module is None and found:
+            return found
+        return [find_dynamic_backbone(model, self.module)]
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         value = self.temperature(runner.iter, runner.max_iters)

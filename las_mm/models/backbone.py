@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from mmengine.model import BaseModule, initialize
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 
@@ -12,7 +13,9 @@ from las_mm import ops
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape
 from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
+from las_mm.models.arguments import dilations_of_blocks
 from las_mm.models.block import DynamicBlock
+from las_mm.models.initialization import split
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
 from las_mm.models.snapshot import Snapshot, changed, checked, compared_together, has_hooks, watch
@@ -25,7 +28,8 @@ class DynamicBackbone(nn.Module):
     constructor of the static backbone runs, which calls :meth:`make_res_layer` for each stage,
     and gives :meth:`_network_shape`, :meth:`_dense_stem` and, where the stem has a fast form,
     :attr:`fast_stem` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``,
-    ``res_layers`` (names of the stages), ``frozen_stages`` and ``freeze_maskers``.
+    ``res_layers`` (names of the stages), ``frozen_stages``, ``freeze_maskers`` and, as mmseg's
+    ResNet has them, ``contract_dilation`` and ``multi_grid``.
 
     Attributes:
         settings: How every block skips, [stage][block].
@@ -39,6 +43,8 @@ class DynamicBackbone(nn.Module):
     settings: tuple[tuple[BlockSettings, ...], ...]
     fast_stem: type[sparse.FastStem] | type[sparse.FastConvStem] | None = None
     freeze_maskers = True
+    contract_dilation = False
+    multi_grid: Sequence[int] | None = None
     _fast_stem: sparse.FastStem | sparse.FastConvStem | None = None
     _snapshot: Snapshot | None = None
     _key: str | None = None
@@ -156,6 +162,10 @@ class DynamicBackbone(nn.Module):
         """The parent's, but returning the module like every other ``nn.Module``."""
         self._fast_stem = self._snapshot = None  # made anew, as weights may be swapped in between
         super().train(mode)
+        # norm_eval is about statistics that came with static weights: maskers have none of these.
+        # Theirs train like their other weights, and stand still in frozen stages.
+        for masker in self.maskers():
+            masker.train(masker.training)
         return self
 
     def _dense_stem(self, x: Tensor) -> Tensor:
@@ -170,8 +180,18 @@ class DynamicBackbone(nn.Module):
         """
         stage = len(self.res_layers)
         settings = iter(self.settings[stage])
+        last = stage == len(self.settings) - 1
+        dilations = iter(
+            dilations_of_blocks(
+                len(self.settings[stage]),
+                kwargs.get("dilation", 1),
+                self.contract_dilation,
+                self.multi_grid if last else None,
+            )
+        )
 
         def build(**arguments) -> DynamicBlock:
+            arguments["dilation"] = next(dilations)
             made = block(mode="static", **arguments)
             in_stage(stage, lambda: made.make_dynamic(next(settings)))
             return made
@@ -229,12 +249,25 @@ class DynamicBackbone(nn.Module):
         return NetworkActivation.of(self.network_shape(self._input_hw), activations)
 
     def init_weights(self) -> None:
-        """The parent's initialisation, which must not touch the maskers' "mostly on"."""
-        pretrained = isinstance(self.init_cfg, dict) and self.init_cfg["type"] == "Pretrained"
-        super().init_weights()
-        if not pretrained:
-            for masker in self.maskers():
-                masker.reset_parameters()
+        """The parent's initialisation; maskers start "mostly on", loaded weights come last.
+
+        The parents know loaded weights by ``init_cfg=dict(type='Pretrained')`` only, and zero the
+        last norm of each block after any other way of loading. Once initialised nothing changes.
+        """
+        if self.is_init:
+            BaseModule.init_weights(self)  # says that it was called before
+            return
+        init_cfg = self.init_cfg
+        self.init_cfg, loaded = split(init_cfg)
+        try:
+            whole = any(not part for part, _ in loaded)
+            BaseModule.init_weights(self) if whole else super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
+        for masker in self.maskers():
+            masker.reset_parameters()
+        for part, entry in loaded:
+            initialize(self.get_submodule(part), entry)
 
     def extra_repr(self) -> str:
         stages = "; ".join(describe_stage(blocks) for blocks in self.settings)
@@ -251,15 +284,6 @@ class DynamicBackbone(nn.Module):
             for block in getattr(self, name):
                 for masker in block.maskers():
                     masker.requires_grad_(True).train(self.training)
-
-
-def check_stages(num_stages: int, kwargs: dict) -> None:
-    """Raise ValueError where ``out_indices`` or ``frozen_stages`` in ``kwargs`` name no stage."""
-    for index in kwargs.get("out_indices", ()):
-        if index not in range(num_stages):
-            raise ValueError(f"out_indices must name stages 0 to {num_stages - 1}, got {index!r}")
-    if kwargs.get("frozen_stages", -1) > num_stages:
-        raise ValueError(f"frozen_stages must be -1 to {num_stages}, got {kwargs['frozen_stages']}")
 
 
 def half_size(hw: tuple[int, int]) -> tuple[int, int]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from mmengine.runner import CheckpointLoader
 from mmpretrain.models import ImageClassifier
 from torch import Tensor, nn
 
+from las_mm.checkpoints import read_checkpoint
+from las_mm.models.initialization import split
 from las_mm.models.maskers import is_masker
 from las_mm.models.released.conversion import convert
 from las_mm.registry import MODELS
@@ -22,14 +26,17 @@ class DistilledClassifier(ImageClassifier):
     and head with ``mode='static'``. Its weights also initialise the student, whose maskers start
     mostly on. LASNet (arXiv 2210.06223), section 4.1; ``BudgetHook`` adds the budget's term.
 
-    The teacher takes no gradients, stays in eval mode, and is in no ``state_dict``, optimiser or
-    list of modules, so that hooks see one dynamic backbone and checkpoints hold the student alone.
+    The teacher takes no gradients, stays in eval mode, and is in no ``state_dict``, optimiser,
+    copy (as of an EMA) or list of modules, so that hooks see one dynamic backbone and checkpoints
+    hold the student alone. It is built when the first training loss is computed: a model for
+    inference has none.
 
     Args:
         backbone, neck, head: As for ``ImageClassifier``; the backbone is a dynamic one.
         static_checkpoint: Weights of the static network, classifier included: a file, URL or
             ``torchvision://`` name in torchvision's, timm's or mmpretrain's names
             (:func:`~las_mm.models.released.convert`); ``None``: from scratch and without a teacher.
+            Where an ``init_cfg`` loads weights, the student starts from these.
         distill_weight: Weight of the term. Defaults to 0.5.
         distill_temperature: T. Defaults to 4.0.
         kwargs: Other arguments of ``ImageClassifier``.
@@ -70,28 +77,33 @@ class DistilledClassifier(ImageClassifier):
         self.static_checkpoint = static_checkpoint
         self.distill_weight = distill_weight
         self.distill_temperature = distill_temperature
-        teacher = None
-        if static_checkpoint is not None and distill_weight > 0:
+        self._static: dict = {}
+        if static_checkpoint is not None:
             static = {**backbone, "mode": "static", "init_cfg": None}
-            teacher = ImageClassifier(backbone=static, neck=neck, head=head)
-            teacher.requires_grad_(False).eval()
-        # In a list: no submodule, so that its parameters are no one's but its own.
-        self._teacher = [teacher]
+            self._static = copy.deepcopy(dict(backbone=static, neck=neck, head=head))
+        self._teacher: list[ImageClassifier] = []  # a list, so that it is no submodule
 
     @property
     def teacher(self) -> ImageClassifier | None:
-        """The static network; ``None`` when training from scratch."""
+        """The static network, built when first asked for; ``None`` when training from scratch."""
+        if self.static_checkpoint is None or self.distill_weight == 0:
+            return None
+        if not self._teacher:
+            # A resumed run builds it in another iteration, and draws the same noise.
+            with torch.random.fork_rng(devices=[]):
+                teacher = ImageClassifier(**copy.deepcopy(self._static))
+                teacher.load_state_dict(self.static_weights())
+            like = next(self.parameters())
+            self._teacher.append(teacher.requires_grad_(False).eval().to(like.device, like.dtype))
         return self._teacher[0]
 
     def init_weights(self) -> None:
-        """The parent's; then the static weights go into the teacher and the student."""
+        """The parent's; then the static weights go into the student."""
+        first = not self.is_init
         super().init_weights()
-        if self.static_checkpoint is None:
-            return
-        weights = self.static_weights()
-        if self.teacher is not None:
-            self.teacher.load_state_dict(weights)
-        self.load_state_dict(weights, strict=False)  # only maskers are missing
+        own = any(split(module.init_cfg)[1] for module in (self, self.backbone))
+        if first and not own and self.static_checkpoint is not None:
+            self.load_state_dict(self.static_weights(), strict=False)  # only maskers are missing
 
     def static_weights(self) -> dict[str, Tensor]:
         """What ``static_checkpoint`` holds, under this model's names.
@@ -119,9 +131,10 @@ class DistilledClassifier(ImageClassifier):
         """
         features = self.extract_feat(inputs)
         losses = self.head.loss(features, data_samples)
-        if self.teacher is not None:
+        teacher = self.teacher
+        if teacher is not None:
             with torch.no_grad():
-                wanted = self.teacher(inputs)
+                wanted = teacher(inputs)
             losses["loss_distill"] = self.distill_weight * distillation(
                 self.head(features), wanted, self.distill_temperature
             )
@@ -129,9 +142,12 @@ class DistilledClassifier(ImageClassifier):
 
     def _apply(self, function, *args, **kwargs) -> nn.Module:
         # To another device or type with the student.
-        if self.teacher is not None:
-            self.teacher._apply(function, *args, **kwargs)
+        for teacher in self._teacher:
+            teacher._apply(function, *args, **kwargs)
         return super()._apply(function, *args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_teacher": []}
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -160,11 +176,11 @@ def read_static(source: str) -> dict[str, Tensor]:
     Raises:
         ValueError: It is not recognised, or has no classifier.
     """
-    if "://" in source:
-        checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
-    else:
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     try:
+        if "://" in source:
+            checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
+        else:
+            checkpoint = read_checkpoint(source)
         found = convert(checkpoint, mode="static")
     except ValueError as error:
         raise ValueError(f"static_checkpoint {source} cannot be used: {error}") from error

@@ -179,6 +179,8 @@ class ChannelMasker(Masker):
             )
         if layers not in (1, 2):
             raise ValueError(f"channel_masker_layers must be 1 or 2, got {layers!r}")
+        if kind == "conv_linear" and layers == 1:
+            raise ValueError("channel_masker_layers of a conv_linear masker must be 2, got 1")
         self.groups = groups
         self.kind = kind
         self.layers = layers

@@ -12,10 +12,10 @@ from torch import Tensor
 from las_mm.latency.regnet import ARCHS, SE_RATIO
 from las_mm.latency.shapes import NetworkShape
 from las_mm.models import sparse
+from las_mm.models.arguments import check_stages, require_bool, static_arguments
 from las_mm.models.backbone import (
     DynamicBackbone,
     block_shapes,
-    check_stages,
     conv_shape,
     half_size,
 )
@@ -84,7 +84,8 @@ class LASRegNet(DynamicBackbone, RegNet):
             ``norm_eval``, ``with_cp``, ``strides``, ``dilations``, ``stem_channels``, ...
 
     Raises:
-        ValueError: Wrong arch, mode, granularity or se_pool; the message names the value.
+        ValueError: Wrong arch, mode, granularity, se_pool, ...; the message names the value.
+        TypeError: An unknown argument; the message names close ones.
 
     Example:
         >>> import torch
@@ -126,12 +127,20 @@ class LASRegNet(DynamicBackbone, RegNet):
         runtime: str = "auto",
         **kwargs,
     ) -> None:
+        kwargs = static_arguments(type(self), RegNet, kwargs)
+        if kwargs.get("deep_stem"):
+            raise ValueError("deep_stem is of a ResNet: a RegNet has no other stem than its own")
         settings = self._settings_of(arch)
         if se_pool not in POOLS:
             raise ValueError(f"se_pool must be one of {', '.join(POOLS)}, got {se_pool!r}")
         self.arch = arch if isinstance(arch, str) else "custom"
         self.se_ratio = settings.pop("se_ratio", 0.0)
         self.se_pool = se_pool
+        if se_pool != "kept" and not self.se_ratio:
+            raise ValueError(
+                f"se_pool={se_pool!r} has no effect on {self.arch}, which has no "
+                "squeeze-and-excitation (a RegNetY has it, or se_ratio of an arch given as a dict)"
+            )
         widths, _ = self.generate_regnet(*(settings[key] for key in ("w0", "wa", "wm", "depth")))
         _, stage_blocks = self.get_stages_from_blocks(widths)
         if isinstance(granularity, (list, tuple)) and len(granularity) == 4 > len(stage_blocks):
@@ -146,14 +155,8 @@ class LASRegNet(DynamicBackbone, RegNet):
             channel_reduction=channel_reduction,
             channel_position=channel_position,
         )
-        check_stages(len(stage_blocks), kwargs)
-        for key, default in (("strides", (2, 2, 2, 2)), ("dilations", (1, 1, 1, 1))):
-            values = kwargs.get(key, default)
-            if len(values) != len(stage_blocks):
-                raise ValueError(
-                    f"{key} needs {len(stage_blocks)} values (one per stage of this arch), got "
-                    f"{tuple(values)}"
-                )
+        check_stages(len(stage_blocks), RegNet, kwargs)
+        require_bool("freeze_maskers", freeze_maskers)
         self.freeze_maskers = freeze_maskers
         super().__init__(settings, **kwargs)
         self.runtime = runtime

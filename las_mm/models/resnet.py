@@ -9,10 +9,10 @@ from torch import Tensor
 
 from las_mm.latency.shapes import ConvShape, NetworkShape, PoolShape
 from las_mm.models import sparse
+from las_mm.models.arguments import check_stages, require_bool, static_arguments
 from las_mm.models.backbone import (
     DynamicBackbone,
     block_shapes,
-    check_stages,
     conv_shape,
     half_size,
 )
@@ -49,14 +49,21 @@ class LASResNet(DynamicBackbone, ResNet):
             ReLU(BN(0)), as in the authors' released ResNets. Defaults to ``'after_act'``.
         freeze_maskers: Whether ``frozen_stages`` freezes the maskers of these stages too. Set it
             to ``False`` to train the maskers of frozen, statically pretrained stages.
-            Defaults to ``True``.
+            Norms of maskers train wherever the maskers do, also under ``norm_eval``, which is
+            about statistics that came with static weights. Defaults to ``True``.
         runtime: ``'auto'``, ``'sparse'`` or ``'dense'``: how blocks run in eval mode, see
             :class:`~las_mm.models.backbone.DynamicBackbone`. Defaults to ``'auto'``.
+        contract_dilation: Whether the first block of a dilated stage has half the dilation, as in
+            mmseg. Defaults to ``False``.
+        multi_grid: Dilation of each block of the last stage, as in mmseg. Defaults to that of
+            ``dilations``.
         kwargs: Arguments of the parent: ``out_indices``, ``frozen_stages``, ``norm_eval``,
-            ``with_cp``, ``style``, ``deep_stem``, ``avg_down``, ``base_channels``, ...
+            ``with_cp``, ``style``, ``deep_stem``, ``avg_down``, ``base_channels``, ... Those of
+            mmdet's and mmseg's ResNet are taken where they ask for nothing (``dcn=None``).
 
     Raises:
         ValueError: Wrong depth, mode, granularity, ...; the message names the value.
+        TypeError: An unknown argument; the message names close ones.
 
     Example:
         >>> import torch
@@ -89,12 +96,16 @@ class LASResNet(DynamicBackbone, ResNet):
         channel_reduction: int | Sequence = 16,
         channel_position: str | Sequence = "after_act",
         runtime: str = "auto",
+        contract_dilation: bool = False,
+        multi_grid: Sequence[int] | None = None,
         **kwargs,
     ) -> None:
+        kwargs = static_arguments(type(self), ResNet, kwargs)
         if depth not in self.arch_settings:
             known = ", ".join(map(str, self.arch_settings))
             raise ValueError(f"depth of LASResNet must be one of {known}, got {depth!r}")
         num_stages = kwargs.get("num_stages", 4)
+        check_stages(num_stages, ResNet, kwargs)
         if isinstance(granularity, (list, tuple)) and len(granularity) == 4 > num_stages:
             granularity = granularity[:num_stages]  # the default serves shorter networks too
         self.settings = block_settings(
@@ -107,8 +118,11 @@ class LASResNet(DynamicBackbone, ResNet):
             channel_reduction=channel_reduction,
             channel_position=channel_position,
         )
-        check_stages(num_stages, kwargs)
+        require_bool("freeze_maskers", freeze_maskers)
+        require_bool("contract_dilation", contract_dilation)
         self.freeze_maskers = freeze_maskers
+        self.contract_dilation = contract_dilation
+        self.multi_grid = multi_grid
         super().__init__(depth, **kwargs)
         self.runtime = runtime
 

@@ -21,7 +21,8 @@ class BlockSettings:
         channel_granularity: Channels G that share a decision; read by channel and both.
         channel_masker: ``'mlp'`` or ``'conv_linear'``, see
             :class:`~las_mm.models.maskers.ChannelMasker`.
-        channel_masker_layers: 1 or 2 fully connected layers of an ``'mlp'``.
+        channel_masker_layers: 1 or 2 fully connected layers of an ``'mlp'``; a ``'conv_linear'``
+            has 2 layers.
         channel_reduction: Divisor of the masker's hidden channels.
         channel_position: Where a skipped channel becomes what it is: ``'after_act'`` (0) or
             ``'before_norm'`` (ReLU(BN(0)), as in the authors' released ResNets).
@@ -51,6 +52,11 @@ class BlockSettings:
         if self.channel_masker_layers not in (1, 2):
             raise ValueError(
                 f"channel_masker_layers must be 1 or 2, got {self.channel_masker_layers!r}"
+            )
+        if self.channel_masker == "conv_linear" and self.channel_masker_layers == 1:
+            raise ValueError(
+                "channel_masker_layers=1 has no effect on a 'conv_linear' masker, which has a "
+                "convolution and a linear layer: leave it out, or use channel_masker='mlp'"
             )
 
     @property

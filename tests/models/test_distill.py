@@ -1,15 +1,26 @@
 """The ImageNet recipe's classifier: a static teacher, out of sight."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.model import ExponentialMovingAverage
+from mmengine.runner import Runner
 from mmpretrain.models import ImageClassifier
 from mmpretrain.structures import DataSample
+from torch.utils.data import DataLoader
 
 from las_mm.benchmark.subject import randomize
-from las_mm.models import DistilledClassifier, LASResNet, find_dynamic_backbone, plan, sparse
+from las_mm.models import (
+    DistilledClassifier,
+    LASResNet,
+    find_dynamic_backbone,
+    plan,
+    released,
+    sparse,
+)
 from las_mm.models.distill import distillation
 
 CONFIG = dict(
@@ -75,6 +86,78 @@ def test_teacher_is_out_of_sight(checkpoint):
         p.requires_grad for p in model.teacher.parameters()
     )
     assert model.double().teacher.head.fc.weight.dtype == torch.float64  # it moves with the model
+
+
+def test_teacher_is_built_for_training_alone(checkpoint):
+    model = build(static_checkpoint=str(checkpoint))
+    images, labels = batch()
+    with torch.no_grad():
+        model.eval().predict(images, [copy.deepcopy(label) for label in labels])
+    assert model._teacher == []  # no weights were read for it either
+    seen = []
+    for built in (False, True):
+        model.train()
+        torch.manual_seed(3)
+        assert bool(model._teacher) == built
+        assert model(images, labels, mode="loss")["loss_distill"] > 0
+        seen.append(torch.rand(1))
+    assert torch.equal(*seen)  # the noise of a resumed run is that of the uninterrupted one
+
+
+def test_copies_have_no_teacher(checkpoint):
+    model = build(static_checkpoint=str(checkpoint)).train()
+    model(*batch(), mode="loss")
+    ema = ExponentialMovingAverage(model)
+    for twin in (ema.module, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin._teacher == [] and model._teacher
+    assert torch.equal(twin.teacher.head.fc.bias, model.teacher.head.fc.bias)  # makes its own
+    assert twin.teacher is not model.teacher
+
+
+def test_checkpoint_that_mmengines_runner_wrote(checkpoint, tmp_path):
+    static = {**CONFIG["backbone"], "mode": "static"}
+    torch.manual_seed(4)
+    model = ImageClassifier(**{**copy.deepcopy(CONFIG), "backbone": static}).train()
+    runner = Runner(
+        model,
+        work_dir=str(tmp_path),
+        train_dataloader=DataLoader([0]),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9)),
+        param_scheduler=dict(type="CosineAnnealingLR", T_max=3),
+        experiment_name="distill",
+        default_scope="mmpretrain",
+    )
+    runner.message_hub.update_scalar("train/loss", 1.5)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+    runner.save_checkpoint(str(tmp_path), "epoch_1.pth")
+    path = tmp_path / "epoch_1.pth"
+    assert {"message_hub", "optimizer"} <= torch.load(path, weights_only=False).keys()
+    student = build(static_checkpoint=str(path))
+    expected = model.backbone.layer2[1].conv2.weight
+    for net in (student, student.teacher, released.load(path)):
+        assert torch.equal(net.backbone.layer2[1].conv2.weight, expected)
+
+
+def test_weights_of_an_init_cfg_are_the_students(checkpoint, tmp_path):
+    trained = build().backbone.state_dict()
+    torch.save({key: value + 1 for key, value in trained.items()}, tmp_path / "student.pth")
+    load = dict(type="mmengine.Pretrained", checkpoint=str(tmp_path / "student.pth"))
+    config = copy.deepcopy(CONFIG)
+    config["backbone"]["init_cfg"] = [load]
+    model = DistilledClassifier(**config, static_checkpoint=str(checkpoint))
+    model.init_weights()
+    assert torch.equal(model.backbone.conv1.weight, trained["conv1.weight"] + 1)
+    static = torch.load(checkpoint, weights_only=True)
+    assert torch.equal(model.teacher.backbone.conv1.weight, static["conv1.weight"])
+
+
+def test_a_second_initialisation_changes_nothing(checkpoint):
+    model = build(static_checkpoint=str(checkpoint))
+    torch.nn.init.ones_(model.backbone.conv1.weight)
+    model.init_weights()
+    assert (model.backbone.conv1.weight == 1).all()
 
 
 def test_loss(checkpoint):

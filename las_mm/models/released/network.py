@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from las_mm.checkpoints import read_checkpoint
 from las_mm.models.activation import NetworkActivation, collect_activations
 from las_mm.models.flops import flops_report
 from las_mm.models.released.conversion import HEAD, convert
@@ -85,10 +85,10 @@ def load(
         settings: Arguments of ``convert`` for what the keys leave open.
 
     Raises:
-        ValueError: See ``convert``; or there is no classifier.
+        ValueError: See ``convert``; or there is no classifier, or the file is no checkpoint.
     """
     if not isinstance(checkpoint, Mapping):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(checkpoint)
     found = convert(checkpoint, spec, **settings)
     if found.num_classes is None:
         raise ValueError("the checkpoint has no classifier (fc.weight, head.fc.weight)")

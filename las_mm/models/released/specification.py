@@ -121,9 +121,11 @@ def regnet_arguments(spec: dict) -> dict:
     if unit is None:
         unit = "mf" if float(size) >= 100 else "gf"
     pool = spec.get("se_pool")
+    if pool is None and letter == "y":
+        pool = "all"
     return dict(
         arch=f"regnet{letter}_{size}{unit}",
-        se_pool="all" if pool is None else pool,
+        **({} if pool is None else {"se_pool": pool}),
         **{"channel_position": "after_act", **found},
     )
 
