@@ -5,12 +5,15 @@ Needs torch, which the rest of :mod:`las_mm.latency` does without.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from las_mm.bounded import Recent
 
 from .predictor import LatencyTable
 from .shapes import NetworkShape
@@ -68,7 +71,7 @@ class DifferentiableLatency:
 
     def __init__(self, tables: LatencyTables) -> None:
         self.tables = tables
-        self._lines: dict[tuple[NetworkShape, torch.device], _Lines] = {}
+        self._lines: Recent[tuple[NetworkShape, torch.device], _Lines] = Recent()
         self._last: _Lines | None = None
 
     def report(self, activation: NetworkActivation) -> LatencyReport:
@@ -102,10 +105,8 @@ class DifferentiableLatency:
     def _curves(self, network: NetworkShape, device: torch.device) -> _Lines:
         last = self._last
         if last is None or last.table.network is not network or last.lines.device != device:
-            key = (network, device)
-            if key not in self._lines:
-                self._lines[key] = _tabulate(self.tables(network), device)
-            last = self._last = self._lines[key]
+            make = functools.partial(_tabulate, self.tables(network), device)
+            last = self._last = self._lines.get((network, device), make)
         return last
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from las_mm.bounded import Recent
+
 from .device import AnyDevice, load_device
 from .predictor import LatencyTable
 from .shapes import NetworkShape
@@ -26,16 +28,17 @@ class LatencyTables:
         self.device = load_device(device)
         self.batch_size = batch_size
         self.options = options
-        self._tables: dict[NetworkShape, LatencyTable] = {}
+        self._tables: Recent[NetworkShape, LatencyTable] = Recent()
         self._last: LatencyTable | None = None
 
     def __call__(self, network: NetworkShape) -> LatencyTable:
         """The table of ``network``: the network at one input size."""
         # A backbone keeps its shapes, and hashing one takes longer than reading a table.
         if self._last is None or self._last.network is not network:
-            if network not in self._tables:
-                self._tables[network] = LatencyTable(
+            self._last = self._tables.get(
+                network,
+                lambda: LatencyTable(
                     self.device, network, batch_size=self.batch_size, **self.options
-                )
-            self._last = self._tables[network]
+                ),
+            )
         return self._last

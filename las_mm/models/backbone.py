@@ -10,15 +10,18 @@ from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 
 from las_mm import ops
+from las_mm.bounded import Recent
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape
 from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.arguments import dilations_of_blocks
 from las_mm.models.block import DynamicBlock
+from las_mm.models.coverage import is_channels_last
 from las_mm.models.initialization import split
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
-from las_mm.models.snapshot import Snapshot, changed, checked, compared_together, has_hooks, watch
+from las_mm.models.snapshot import Snapshot, changed, checked, compared_together, watch
+from las_mm.models.stage import Stream
 
 
 class DynamicBackbone(nn.Module):
@@ -34,14 +37,15 @@ class DynamicBackbone(nn.Module):
     Attributes:
         settings: How every block skips, [stage][block].
         fast_stem: Class of the stem's fast form.
+        static_forward: The static backbone's ``forward``, which the sparse path replaces.
         runtime: How blocks run in eval mode without gradients: ``'auto'``, each in the form that
             the plan says is the fastest on this machine, measured when it is first met;
             ``'sparse'``, on the sparse path, without measuring; ``'dense'``, masked-dense, as in
             training. It may be changed at any time.
     """
 
-    settings: tuple[tuple[BlockSettings, ...], ...]
     fast_stem: type[sparse.FastStem] | type[sparse.FastConvStem] | None = None
+    static_forward: Callable
     freeze_maskers = True
     contract_dilation = False
     multi_grid: Sequence[int] | None = None
@@ -49,52 +53,48 @@ class DynamicBackbone(nn.Module):
     _snapshot: Snapshot | None = None
     _key: str | None = None
     _input_hw: tuple[int, int] | None = None
+    _shapes: Recent | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(N, C, H, W) -> the feature maps of ``out_indices``; any H and W."""
         self._input_hw = (x.shape[-2], x.shape[-1])
-        if not self.training and self.runtime != "dense" and sparse.wanted(x):
-            if torch.compiler.is_compiling() or ops.has_fingerprint(x.device.type):
-                return self._infer(x)
-            self._drop_changed()
-            with compared_together():
-                return self._infer(x)
-        return super().forward(x)
+        dense = self.training or self.runtime == "dense" or not sparse.wanted(x)
+        if dense or not self.known_forward():
+            return super().forward(x)
+        if torch.compiler.is_compiling() or ops.has_fingerprint(x.device.type):
+            return self._infer(x)
+        self._drop_changed()
+        with compared_together():
+            return self._infer(x)
+
+    def known_forward(self) -> bool:
+        """Whether nobody has put another ``forward`` between this class and the static backbone."""
+        return super().forward.__func__ is type(self).static_forward
 
     def _infer(
         self, x: Tensor, observe: Callable[[nn.Module], None] | None = None
     ) -> tuple[Tensor, ...]:
-        """``forward`` on the fast forms; the stream of features is updated in place in a stage.
+        """``forward`` on the sparse path, see :class:`~las_mm.models.stage.Stream`.
 
-        ``observe`` is called after the stem, with the backbone, and after each block, with it.
+        ``observe`` is called after the stem, with the backbone, and after each block or other
+        module of a stage, with it.
         """
-        # Outputs have the memory format of the input, as those of dense convolutions have: some
-        # consumers (mmcv's RoIAlign on a CPU) read wrong values from channels_last maps.
-        contiguous = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+        channels_last = is_channels_last(x)
         stem = self._prepare_stem()
         if stem is not None and x.dtype == stem.weight.dtype:
+            channels_last |= stem.channels_last
             x = stem(x, self._checked(stem.bias))
         else:
             x = self._dense_stem(x)
+            channels_last = is_channels_last(x)
         if observe is not None:
             observe(self)
+        stream = Stream(x, channels_last, observe)
         outs = []
-        compiling = torch.compiler.is_compiling()
         for i, name in enumerate(self.res_layers):
-            stage = getattr(self, name)
-            if has_hooks(stage):
-                x = stage(x)
-            else:
-                mine = False  # the stage's input belongs to the stage before
-                for block in stage:
-                    hooked = has_hooks(block)
-                    x = block(x) if hooked else block.infer(x, in_place=mine)
-                    # A hook may have kept the output.
-                    mine = not hooked and (compiling or not block.hooked_inside())
-                    if observe is not None:
-                        observe(block)
+            stream.run(getattr(self, name))
             if i in self.out_indices:
-                outs.append(ops.to_nchw(x) if contiguous and not x.is_contiguous() else x)
+                outs.append(stream.output())
         return tuple(outs)
 
     def _drop_changed(self) -> None:
@@ -179,11 +179,11 @@ class DynamicBackbone(nn.Module):
             ValueError: A setting that does not fit the stage's channels.
         """
         stage = len(self.res_layers)
-        settings = iter(self.settings[stage])
-        last = stage == len(self.settings) - 1
+        settings = iter(self._asked[stage])
+        last = stage == len(self._asked) - 1
         dilations = iter(
             dilations_of_blocks(
-                len(self.settings[stage]),
+                len(self._asked[stage]),
                 kwargs.get("dilation", 1),
                 self.contract_dilation,
                 self.multi_grid if last else None,
@@ -199,6 +199,18 @@ class DynamicBackbone(nn.Module):
         layer = ResLayer(build, **kwargs)
         layer.block = block  # what it says it is made of; a local function could not be pickled
         return layer
+
+    @property
+    def settings(self) -> tuple[tuple[BlockSettings, ...], ...]:
+        """How every block skips, [stage][block]: as the blocks are now."""
+        if "_modules" not in self.__dict__:
+            return self._asked
+        stages = [self.blocks_of(name) for name in self.res_layers]
+        return tuple(tuple(block.settings for block in blocks) for blocks in stages)
+
+    @settings.setter
+    def settings(self, asked: tuple[tuple[BlockSettings, ...], ...]) -> None:
+        self.__dict__["_asked"] = asked  # nn.Module's constructor has not run yet
 
     @property
     def granularity(self) -> list[list[int]]:
@@ -220,7 +232,11 @@ class DynamicBackbone(nn.Module):
 
     def blocks(self) -> list[DynamicBlock]:
         """All blocks in network order."""
-        return [block for name in self.res_layers for block in getattr(self, name)]
+        return [block for name in self.res_layers for block in self.blocks_of(name)]
+
+    def blocks_of(self, name: str) -> list[DynamicBlock]:
+        """The blocks of the stage ``name``, whatever else is in it."""
+        return [m for m in getattr(self, name).modules() if isinstance(m, DynamicBlock)]
 
     def maskers(self) -> list[SpatialMasker | ChannelMasker]:
         """All maskers in network order."""
@@ -228,11 +244,11 @@ class DynamicBackbone(nn.Module):
 
     def network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
         """Every operator's shape for an input of ``input_hw`` (height, width)."""
-        input_hw = tuple(input_hw)
-        shapes: dict = self.__dict__.setdefault("_shapes", {})
-        if input_hw not in shapes:
-            shapes[input_hw] = self._network_shape(input_hw)
-        return shapes[input_hw]
+        hw = (int(input_hw[0]), int(input_hw[1]))
+        if self._shapes is None:
+            self._shapes = Recent(64)
+        blocks = tuple(block.geometry() for block in self.blocks())
+        return self._shapes.get((hw, blocks), lambda: self._network_shape(hw))
 
     def network_activation(self) -> NetworkActivation:
         """What the blocks did in the last forward pass.
@@ -270,7 +286,7 @@ class DynamicBackbone(nn.Module):
             initialize(self.get_submodule(part), entry)
 
     def extra_repr(self) -> str:
-        stages = "; ".join(describe_stage(blocks) for blocks in self.settings)
+        stages = "; ".join(map(describe_stage, self.settings))
         return f"depth={self.depth}, stages=[{stages}]"
 
     def _network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
@@ -281,7 +297,7 @@ class DynamicBackbone(nn.Module):
         if self.freeze_maskers:
             return
         for name in self.res_layers[: max(self.frozen_stages, 0)]:
-            for block in getattr(self, name):
+            for block in self.blocks_of(name):
                 for masker in block.maskers():
                     masker.requires_grad_(True).train(self.training)
 

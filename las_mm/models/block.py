@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from las_mm import ops
 from las_mm.models import sparse
 from las_mm.models.activation import Activation, work_shares
+from las_mm.models.coverage import in_format, is_channels_last, shadowed
 from las_mm.models.maskers import (
     ChannelMasker,
     SpatialMasker,
@@ -21,6 +22,9 @@ from las_mm.models.maskers import (
 )
 from las_mm.models.settings import BlockSettings
 from las_mm.models.snapshot import Snapshot, checked, watch
+
+
+_METHODS = ("forward", "_forward", "_decide", "_decide_positions", "_compute", "_gated", "_excite")
 
 
 class DynamicBlock(nn.Module):
@@ -78,6 +82,39 @@ class DynamicBlock(nn.Module):
         self._key: str | None = None
 
     @property
+    def settings(self) -> BlockSettings:
+        """How the block skips, as it is now."""
+        masker = self.masker_channel
+        kind = {}
+        if masker is not None:
+            kind = dict(
+                channel_masker=masker.kind,
+                channel_masker_layers=masker.layers,
+                channel_reduction=masker.reduction,
+            )
+        return BlockSettings(
+            mode=self.mode,
+            granularity=self.granularity,
+            channel_granularity=self.channel_granularity,
+            channel_position=self.channel_position,
+            **kind,
+        )
+
+    def geometry(self) -> tuple:
+        """All that the block's shape depends on beside the size of its input."""
+        return (
+            self.settings,
+            self.in_channels,
+            self.mid_channels,
+            self.out_channels,
+            self.conv1_stride,
+            self.conv2_stride,
+            self.dilation,
+            self.conv2.groups,
+            self.downsample is None,
+        )
+
+    @property
     def activation(self) -> Activation | None:
         """What the last forward pass did, ``None`` before the first."""
         if callable(self._activation):
@@ -95,21 +132,27 @@ class DynamicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
         if not self.training and self.runtime != "dense" and sparse.wanted(x):
-            return self.infer(x)
+            fast = self.fast_for(x)
+            if fast is not None:
+                channels_last = fast.channels_last or is_channels_last(x)
+                return in_format(fast(self, x, False), channels_last)
         return self._forward(x)
 
     def infer(self, x: Tensor, in_place: bool = False) -> Tensor:
-        """``forward`` in eval mode without gradients: the fast form where there is one.
+        """``forward`` in eval mode without gradients, in whatever memory format is the fastest.
 
         Args:
             x: (N, C_in, H, W).
             in_place: Whether ``x`` is the output of a ReLU that nobody else reads, so that it may
                 be overwritten.
         """
+        fast = self.fast_for(x)
+        return self._forward(x) if fast is None else fast(self, x, in_place)
+
+    def fast_for(self, x: Tensor) -> sparse.FastBottleneck | None:
+        """The packed form that computes this block for ``x``; ``None``: it runs masked-dense."""
         fast = self.prepare(self._positions(x))
-        if fast is None or x.dtype != fast.weights[0].dtype:
-            return self._forward(x)
-        return fast(self, x, in_place)
+        return fast if fast is not None and x.dtype == fast.weights[0].dtype else None
 
     def prepare(self, positions: int | None = None) -> sparse.FastBottleneck | None:
         """Fold and pack the weights unless that is done; ``None`` if only the training form runs.
@@ -154,7 +197,13 @@ class DynamicBlock(nn.Module):
         return checked(value, self, self._snapshot, self._key, self._positions(x))
 
     def _settings(self) -> tuple:
+        cls = type(self)
         return (
+            cls._compute,
+            cls._excite,
+            cls._gated,
+            cls._forward,
+            shadowed(self, _METHODS),
             self.runtime,
             self.mode,
             self.granularity,
@@ -197,14 +246,24 @@ class DynamicBlock(nn.Module):
         """
         raise NotImplementedError
 
-    def _gated(self, out: Tensor, norm: nn.Module, channels: Tensor | None) -> Tensor:
+    def _excite(self, out: Tensor, mask: Tensor | None) -> Tensor:
+        """What a subclass does to conv2's output before conv3 reads it."""
+        return out
+
+    def _gated(
+        self, out: Tensor, conv: nn.Module, norm: nn.Module, channels: Tensor | None
+    ) -> Tensor:
         """Norm and ReLU after conv1 or conv2, skipped channels gated at ``channel_position``."""
         if channels is None:
             return self.relu(norm(out))
         channels = channels.to(out.dtype)
-        if self.channel_position == "before_norm":
-            return self.relu(norm(out * channels))
-        return self.relu(norm(out)) * channels
+        if self.channel_position == "after_act":
+            return self.relu(norm(out)) * channels
+        if type(norm) is nn.Identity and conv.bias is not None:
+            # Folded into conv, whose bias is now what the norm made of a skipped channel's zeros.
+            bias = conv.bias[:, None, None]
+            return self.relu(bias + (out - bias) * channels)
+        return self.relu(norm(out * channels))
 
     def _forward(self, x: Tensor) -> Tensor:
         mask = channels = None

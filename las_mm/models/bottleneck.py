@@ -9,11 +9,13 @@ from torch import Tensor
 from las_mm.latency.shapes import MODES
 from las_mm.models import sparse
 from las_mm.models.block import DynamicBlock
+from las_mm.models.coverage import register
 from las_mm.models.settings import BlockSettings
 
 __all__ = ["MODES", "DynamicBottleneck"]
 
 
+@register
 class DynamicBottleneck(DynamicBlock, Bottleneck):
     """mmpretrain's ``Bottleneck`` with maskers; equation 1 of LASNet (arXiv 2210.06223).
 
@@ -44,8 +46,9 @@ class DynamicBottleneck(DynamicBlock, Bottleneck):
         return sparse.FastBottleneck.of(self)
 
     def _compute(self, x: Tensor, mask: Tensor | None, channels: Tensor | None) -> Tensor:
-        out = self._gated(self.conv1(x), self.norm1, channels)
-        out = self._excite(self._gated(self.conv2(out), self.norm2, channels), mask)
+        out = self._gated(self.conv1(x), self.conv1, self.norm1, channels)
+        out = self._gated(self.conv2(out), self.conv2, self.norm2, channels)
+        out = self._excite(out, mask)
         out = self.drop_path(self.norm3(self.conv3(out)))
         identity = x if self.downsample is None else self.downsample(x)
         if mask is None:
@@ -54,7 +57,3 @@ class DynamicBottleneck(DynamicBlock, Bottleneck):
             # One pass for "times mask, plus identity".
             out = torch.addcmul(identity, out, mask.to(out.dtype))
         return self.relu(out)
-
-    def _excite(self, out: Tensor, mask: Tensor | None) -> Tensor:
-        """What a subclass does to conv2's output before conv3 reads it."""
-        return out

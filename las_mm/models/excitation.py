@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from las_mm.models.coverage import register
+
 POOLS = ("kept", "all")
 
 
+@register
 class SqueezeExcitation(nn.Module):
     """Squeeze-and-excitation (arXiv 1709.01507) that can leave dropped positions out.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from las_mm import ops
 from las_mm.latency.shapes import CHANNEL_MASKERS, channel_hidden
+from las_mm.models.coverage import register
 
 _MASKER = re.compile(r"(^|\.)masker(_channel)?\.")
 
@@ -92,6 +93,7 @@ class Masker(nn.Module):
         return f"temperature={self.temperature:.4g}"
 
 
+@register
 class SpatialMasker(Masker):
     """Decides per patch: average pool to the patch grid, then a 1x1 convolution to two logits.
 
@@ -139,6 +141,7 @@ class SpatialMasker(Masker):
         return self.decide(logits[:, :1] - logits[:, 1:])
 
 
+@register
 class ChannelMasker(Masker):
     """Decides per image and group of channels, from the whole block input.
 

@@ -20,6 +20,7 @@ from las_mm.models.backbone import (
     half_size,
 )
 from las_mm.models.bottleneck import DynamicBottleneck
+from las_mm.models.coverage import register
 from las_mm.models.excitation import POOLS, SqueezeExcitation
 from las_mm.models.released import convert_regnet
 from las_mm.models.settings import block_settings
@@ -28,6 +29,7 @@ from las_mm.registry import MODELS
 _ARCH_KEYS = ("w0", "wa", "wm", "group_w", "depth", "bot_mul")
 
 
+@register
 class DynamicRegNetBlock(DynamicBottleneck, GroupedBottleneck):
     """:class:`DynamicBottleneck` with a grouped conv2 and squeeze-and-excitation after it.
 
@@ -111,6 +113,7 @@ class LASRegNet(DynamicBackbone, RegNet):
         for name, (depth, w0, wa, wm, group_w) in ARCHS.items()
     }
     fast_stem = sparse.FastConvStem
+    static_forward = RegNet.forward
 
     def __init__(
         self,
@@ -204,7 +207,7 @@ class LASRegNet(DynamicBackbone, RegNet):
             input_hw=input_hw,
             stem=(conv_shape("stem.conv1", self.conv1, hw),),
             blocks=block_shapes(
-                [(name, getattr(self, name)) for name in self.res_layers],
+                [(name, self.blocks_of(name)) for name in self.res_layers],
                 hw,
                 downsample_pool=lambda block: self.avg_down and block.stride != 1,
             ),

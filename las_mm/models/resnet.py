@@ -83,6 +83,7 @@ class LASResNet(DynamicBackbone, ResNet):
     }
 
     fast_stem = sparse.FastStem
+    static_forward = ResNet.forward
 
     def __init__(
         self,
@@ -142,7 +143,7 @@ class LASResNet(DynamicBackbone, ResNet):
             input_hw=input_hw,
             stem=stem,
             blocks=block_shapes(
-                [(name, getattr(self, name)) for name in self.res_layers],
+                [(name, self.blocks_of(name)) for name in self.res_layers],
                 hw,
                 downsample_pool=lambda block: self.avg_down and block.stride != 1,
             ),

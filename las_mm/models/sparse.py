@@ -15,10 +15,22 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
 from las_mm import memory, ops
+from las_mm.bounded import Recent
 from las_mm.models.activation import Activation, find_dynamic_backbones, work_shares
+from las_mm.models.coverage import (
+    Unsupported,
+    check_children,
+    check_class,
+    check_conv,
+    check_norm,
+    check_plain,
+    is_channels_last,
+    shadowed,
+)
 from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
 
 PREPARE_FIRST = (
@@ -90,23 +102,24 @@ def prepare(model: nn.Module) -> nn.Module:
     return model
 
 
-class Unsupported(Exception):
-    """Why a module has no fast form; it runs masked-dense instead."""
-
-
-def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def fold(conv: nn.Module, norm: nn.Module, what: str, **wanted: object) -> tuple[Tensor, Tensor]:
     """Weight (dtype of ``conv``) and float32 bias of a convolution followed by a BN in eval mode.
+
+    Args:
+        conv, norm: The two; an ``nn.Identity`` stands for a BN that was folded before.
+        what: Name of ``conv`` for messages.
+        wanted: Attributes that ``conv`` must have.
 
     Raises:
         Unsupported: Not a plain ``nn.Conv2d`` followed by a BN with running statistics.
     """
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
-        raise Unsupported(f"{type(conv).__name__} is not a plain nn.Conv2d")
-    batchnorm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    if not batchnorm or norm.running_mean is None:
-        raise Unsupported(f"{type(norm).__name__} is not a BatchNorm with running statistics")
-    if norm.training:
-        raise Unsupported(f"its {type(norm).__name__} is in training mode")
+    check_conv(conv, what, **wanted)
+    check_norm(norm, f"the norm after {what}")
+    if isinstance(norm, nn.Identity):
+        weight = conv.weight.clone()
+        return weight, weight.new_zeros(len(weight)).float() if conv.bias is None else (
+            conv.bias.detach().float().clone()
+        )
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
@@ -119,8 +132,14 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), bias.float()
 
 
-def batchnorm_of_zero(norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
-    """What a BN with running statistics makes of zeros in eval mode, (C,), float32."""
+def norm_of_zero(conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """What the norm after ``conv`` makes of zeros in eval mode, (C,), float32.
+
+    Where it was folded into ``conv``, that is the bias which it left there.
+    """
+    if isinstance(norm, nn.Identity):
+        bias = conv.bias
+        return conv.weight.new_zeros(conv.out_channels).float() if bias is None else bias.float()
     shift = -norm.running_mean.double() * (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         shift = shift * norm.weight.double()
@@ -152,6 +171,7 @@ class FastBottleneck:
     excitation: list[Tensor] | None = None  # weights and biases of squeeze-and-excitation
     # Weights and biases of masker_channel where one op does its work, not copied.
     channel_layers: tuple[list[Tensor], list[Tensor]] | None = None
+    channels_last: bool = False  # whether dense convolutions with its weights put out channels_last
 
     @classmethod
     def of(cls, block: nn.Module) -> FastBottleneck:
@@ -191,7 +211,8 @@ class FastBottleneck:
                     "its skipped channels are not zero (channel_position='before_norm') before "
                     "squeeze-and-excitation"
                 )
-            constants = [batchnorm_of_zero(norm).relu() for norm in (block.norm1, block.norm2)]
+            pairs = ((block.conv1, block.norm1), (conv2, block.norm2))
+            constants = [norm_of_zero(conv, norm).relu() for conv, norm in pairs]
         pools = [] if block.downsample is None else list(block.downsample)[:-2]
         return cls(
             weights=weights,
@@ -209,6 +230,7 @@ class FastBottleneck:
             choice=Choice(winograd=winograd is not None),
             excitation=excitation,
             channel_layers=_layers_of(block.masker_channel),
+            channels_last=any(is_channels_last(conv.weight) for conv in _convs(block)),
         )
 
     def kind(self, x: Tensor) -> BlockKind:
@@ -232,10 +254,10 @@ class FastBottleneck:
     def plan(self, block: nn.Module, x: Tensor) -> Choice:
         """The form for inputs like ``x``; packs what that form needs before anyone sees it."""
         size = (*x.shape, torch.get_num_threads())
-        choice = self._choices.get(size)
-        if choice is not None:
-            self.choice = choice
-            return choice
+        self.choice = self._choices.get(size, lambda: self._choose(block, x))
+        return self.choice
+
+    def _choose(self, block: nn.Module, x: Tensor) -> Choice:
         if block.runtime == "sparse":
             choice = Choice(winograd=self.winograd is not None, decided_by="runtime='sparse'")
         else:
@@ -248,13 +270,10 @@ class FastBottleneck:
                 weight.contiguous(memory_format=torch.channels_last)
                 for weight, _, _ in _fold_block(block)
             ]
-        if len(self._choices) > 256:  # images of ever new sizes
-            self._choices = {}
-        self._choices[size] = self.choice = choice
         return choice
 
     def __post_init__(self) -> None:
-        self._choices: dict[tuple[int, ...], Choice] = {}
+        self._choices: Recent[tuple[int, ...], Choice] = Recent()
 
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
@@ -391,13 +410,20 @@ def _channel_activation(
 def _layers_of(masker: nn.Module | None) -> tuple[list[Tensor], list[Tensor]] | None:
     """What ``ops.channel_mask`` takes of a channel masker; ``None`` where it cannot do its work.
 
-    In bfloat16 the masker rounds between its layers, which the op does not.
+    In bfloat16 the masker rounds between its layers, which the op does not. A masker of other
+    layers, e.g. quantised ones, runs as the module that it is.
     """
     if masker is None or masker.kind != "mlp":
         return None
-    layers = [module for module in masker.modules() if isinstance(module, nn.Linear)]
+    layers = list(masker.conv) if type(masker.conv) is nn.Sequential else [masker.conv]
+    types = [nn.Linear] if len(layers) == 1 else [nn.Linear, nn.ReLU, nn.Linear]
+    if [type(layer) for layer in layers] != types or any(map(shadowed, [masker.conv, *layers])):
+        return None
+    layers = layers[::2]
     weights = [layer.weight for layer in layers]
     if weights[0].dtype != torch.float32 or not ops.has_channel_mask(weights[0].device.type):
+        return None
+    if any(type(w) not in (nn.Parameter, Tensor) or layer.bias is None for layer, w in zip(layers, weights)):
         return None
     return weights, [layer.bias for layer in layers]
 
@@ -411,6 +437,11 @@ def _excitation_of(block: nn.Module) -> list[Tensor] | None:
     se = getattr(block, "se", None)
     if se is None:
         return None
+    check_class(se, "its squeeze-and-excitation")
+    for conv in (se.fc1, se.fc2):
+        check_conv(conv, "a layer of its squeeze-and-excitation", **_POINTWISE, stride=(1, 1))
+        if conv.bias is None:
+            raise Unsupported("a layer of its squeeze-and-excitation has no bias")
     if se.pool == "all" and block.mode in ("spatial", "both"):
         raise Unsupported("its squeeze-and-excitation reads dropped positions (se_pool='all')")
     if not ops.has_excitation(se.fc1.weight.device.type):
@@ -419,24 +450,64 @@ def _excitation_of(block: nn.Module) -> list[Tensor] | None:
     return [weight.float().clone() for weight in weights]
 
 
+_POINTWISE = dict(kernel_size=(1, 1), padding=(0, 0), groups=1)
+
+
+def _convs(block: nn.Module) -> list[nn.Module]:
+    convs = [block.conv1, block.conv2, block.conv3]
+    return convs if block.downsample is None else [*convs, block.downsample[-2]]
+
+
+def _check_block(block: nn.Module) -> None:
+    """The block and its children compute what the ops compute, and nothing else.
+
+    Raises:
+        Unsupported: A part that the ops do not know.
+    """
+    check_class(block, "it")
+    check_plain(block.relu, "its activation", nn.ReLU)
+    check_plain(block.drop_path, "its drop_path", nn.Identity, DropPath)
+    if block.drop_path.training and type(block.drop_path) is DropPath:
+        raise Unsupported("its DropPath is in training mode")
+    for masker in block.maskers():
+        check_class(masker, "its masker")
+        if masker.training or any(module.training for module in masker.modules()):
+            raise Unsupported("its masker is in training mode")
+    if block.masker is not None:
+        check_conv(block.masker.conv, "its masker's conv", **_POINTWISE, stride=(1, 1))
+        if block.masker.conv.bias is None:
+            raise Unsupported("its masker's conv has no bias")
+    norms = (block.norm1_name, block.norm2_name, block.norm3_name)
+    parts = ("conv1", "conv2", "conv3", *norms, "relu", "downsample", "drop_path")
+    check_children(block, (*parts, "masker", "masker_channel", "se"))
+
+
 def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
     """Weight, bias and groups of conv1, conv2, conv3 and the downsample convolution.
 
     Raises:
-        Unsupported: The block has a part without a fast form.
+        Unsupported: The block has a part without a sparse path.
     """
-    if type(block.relu) is not nn.ReLU:
-        raise Unsupported(f"its activation is {type(block.relu).__name__}, not ReLU")
-    conv2 = block.conv2
-    pairs = [(block.conv1, block.norm1), (conv2, block.norm2), (block.conv3, block.norm3)]
+    _check_block(block)
+    first, second, d = block.conv1_stride, block.conv2_stride, block.dilation
+    spatial = dict(kernel_size=(3, 3), stride=(second, second), padding=(d, d), dilation=(d, d))
+    parts = [
+        (block.conv1, block.norm1, "conv1", dict(_POINTWISE, stride=(first, first))),
+        (block.conv2, block.norm2, "conv2", spatial),
+        (block.conv3, block.norm3, "conv3", dict(_POINTWISE, stride=(1, 1))),
+    ]
     if block.downsample is not None:
-        if not isinstance(block.downsample, nn.Sequential) or len(block.downsample) < 2:
+        check_plain(block.downsample, "its shortcut", nn.Sequential)
+        if len(block.downsample) < 2:
             raise Unsupported("its shortcut is no convolution followed by a norm")
-        pairs.append(tuple(block.downsample)[-2:])
-    folded = [(*fold(conv, norm), conv.groups) for conv, norm in pairs]
-    if conv2.kernel_size != (3, 3) or conv2.padding != conv2.dilation:
-        raise Unsupported(f"conv2 has kernel {conv2.kernel_size} and padding {conv2.padding}")
-    return folded
+        stride = (first * second,) * 2 if len(block.downsample) == 2 else (1, 1)
+        last = tuple(block.downsample)[-2:]
+        parts.append((*last, "the shortcut's convolution", dict(_POINTWISE, stride=stride)))
+    return [(*fold(conv, norm, what, **wanted), conv.groups) for conv, norm, what, wanted in parts]
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 @dataclass
@@ -446,6 +517,7 @@ class FastStem:
     weight: Tensor
     bias: Tensor
     in_channels: int
+    channels_last: bool  # whether a dense convolution with its weight puts out channels_last
 
     @classmethod
     def of(cls, backbone: nn.Module) -> FastStem:
@@ -456,22 +528,26 @@ class FastStem:
         """
         if backbone.deep_stem:
             raise Unsupported("its stem is deep")
-        conv, pool = backbone.conv1, backbone.maxpool
-        if type(backbone.relu) is not nn.ReLU:
-            raise Unsupported(f"its activation is {type(backbone.relu).__name__}, not ReLU")
-        usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == (
-            (7, 7),
-            (2, 2),
-            (3, 3),
-            (1, 1),
-            1,
-        ) and (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (3, 2, 1, False)
-        if not usual:
-            raise Unsupported(f"its stem is {conv} followed by {pool}")
-        weight, bias = fold(conv, backbone.norm1)
+        pool = backbone.maxpool
+        check_plain(backbone.relu, "its activation", nn.ReLU)
+        check_plain(pool, "its pooling", nn.MaxPool2d)
+        sizes = [_pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+        if sizes != [(3, 3), (2, 2), (1, 1), (1, 1)] or pool.ceil_mode or pool.return_indices:
+            raise Unsupported(f"its pooling is {pool}")
+        weight, bias = fold(
+            backbone.conv1,
+            backbone.norm1,
+            "conv1",
+            kernel_size=(7, 7),
+            stride=(2, 2),
+            padding=(3, 3),
+            dilation=(1, 1),
+            groups=1,
+        )
         if not ops.has_stem_kernel(weight.device.type):
             raise Unsupported(f"there is no kernel for it on {weight.device.type}")
-        return cls(ops.pack_stem(weight), bias, conv.in_channels)
+        conv = backbone.conv1
+        return cls(ops.pack_stem(weight), bias, conv.in_channels, is_channels_last(conv.weight))
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
         """The stem's output for ``x``; ``bias``: :attr:`bias` or a checked copy of it."""
@@ -488,6 +564,7 @@ class FastConvStem:
 
     weight: Tensor
     bias: Tensor
+    channels_last: bool  # as of a FastStem
 
     @classmethod
     def of(cls, backbone: nn.Module) -> FastConvStem:
@@ -496,14 +573,20 @@ class FastConvStem:
         Raises:
             Unsupported: It has other parts than usual.
         """
-        conv = backbone.conv1
-        if type(backbone.relu) is not nn.ReLU:
-            raise Unsupported(f"its activation is {type(backbone.relu).__name__}, not ReLU")
-        usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        if usual != ((3, 3), (2, 2), (1, 1), (1, 1), 1):
-            raise Unsupported(f"its stem is {conv}")
-        weight, bias = fold(conv, backbone.norm1)
-        return cls(weight.contiguous(memory_format=torch.channels_last), bias.to(weight.dtype))
+        check_plain(backbone.relu, "its activation", nn.ReLU)
+        weight, bias = fold(
+            backbone.conv1,
+            backbone.norm1,
+            "conv1",
+            kernel_size=(3, 3),
+            stride=(2, 2),
+            padding=(1, 1),
+            dilation=(1, 1),
+            groups=1,
+        )
+        last = is_channels_last(backbone.conv1.weight)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return cls(weight, bias.to(weight.dtype), last)
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
         """The stem's output for ``x``; ``bias``: :attr:`bias` or a checked copy of it."""

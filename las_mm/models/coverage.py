@@ -1,0 +1,191 @@
+"""What the sparse path may take over: modules that are exactly what its ops compute.
+
+The sparse path replaces the ``forward`` of a block, of its children and of the stem. So it has to
+know that nobody has put something else there: a subclass that overrides a method, a method replaced
+on one instance or on a class, a child of another type or with other settings, a child that it has
+never heard of. What it does not know runs masked-dense, with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from las_mm import ops
+
+# What building, describing, saving and training mode do is no part of what a forward pass computes.
+_NOT_COMPUTING = {
+    "__annotations__",
+    "__annotations_cache__",
+    "__annotate__",
+    "__annotate_func__",
+    "__constants__",
+    "__dict__",
+    "__doc__",
+    "__firstlineno__",
+    "__getstate__",
+    "__init__",
+    "__module__",
+    "__orig_bases__",
+    "__parameters__",
+    "__repr__",
+    "__setstate__",
+    "__static_attributes__",
+    "__weakref__",
+    "_apply",
+    "extra_repr",
+    "init_weights",
+    "make_dynamic",
+    "runtime",
+    "train",
+}
+_MACHINERY = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
+_known: dict[type, Mapping[str, object]] = {}
+
+
+class Unsupported(Exception):
+    """Why a module has no sparse path; it runs masked-dense instead."""
+
+
+def register(cls: type) -> type:
+    """Class decorator: instances of ``cls`` compute what the sparse path does, as it is now."""
+    names = {
+        name
+        for base in cls.__mro__
+        if base not in (object, nn.Module)
+        for name in vars(base)
+        if name not in _NOT_COMPUTING
+    }
+    _known[cls] = {
+        name: inspect.getattr_static(cls, name, None) for name in (*names, *_MACHINERY)
+    }
+    return cls
+
+
+def check_class(module: nn.Module, what: str) -> None:
+    """``module`` is an instance of a registered class, and nothing that computes was overridden.
+
+    Args:
+        module: The module in question.
+        what: Name for the message, such as ``'its masker'``.
+
+    Raises:
+        Unsupported: A subclass, the class or the instance has another method.
+    """
+    cls = type(module)
+    base = next((base for base in cls.__mro__ if base in _known), None)
+    if base is None:
+        raise Unsupported(f"{what} is a {cls.__name__}")
+    for name, value in _known[base].items():
+        if inspect.getattr_static(cls, name, None) is not value:
+            raise Unsupported(f"{what} is a {cls.__name__}, which has a {name} of its own")
+    if name := shadowed(module, _known[base]):
+        raise Unsupported(f"{what} had its {name} replaced")
+
+
+def shadowed(module: nn.Module, names: Iterable[str] = ("forward",)) -> str | None:
+    """A method among ``names`` that was replaced on this very instance."""
+    return next(
+        (n for n in names if n in module.__dict__ and callable(module.__dict__[n])), None
+    )
+
+
+def check_plain(module: nn.Module, what: str, *types: type) -> None:
+    """``module`` is of exactly one of ``types``, and its ``forward`` is that of its class.
+
+    Raises:
+        Unsupported: It is not.
+    """
+    if type(module) not in types:
+        names = " or ".join(t.__name__ for t in types)
+        raise Unsupported(f"{what} is {type(module).__name__}, not {names}")
+    if shadowed(module):
+        raise Unsupported(f"{what} had its forward replaced")
+
+
+def check_conv(conv: nn.Module, what: str, **wanted: object) -> None:
+    """``conv`` is a plain ``nn.Conv2d`` with zero padding and these attributes.
+
+    Args:
+        conv: The module in question.
+        what: Its name for the message.
+        wanted: Attributes such as ``stride=(1, 1)``.
+
+    Raises:
+        Unsupported: It is not.
+    """
+    check_plain(conv, what, nn.Conv2d)
+    assert isinstance(conv, nn.Conv2d)
+    for parameter in (conv.weight, conv.bias):  # e.g. quantised ones are subclasses
+        if type(parameter) not in (nn.Parameter, Tensor, type(None)):
+            raise Unsupported(f"{what} has a {type(parameter).__name__} for a parameter")
+    for name, value in {"padding_mode": "zeros", **wanted}.items():
+        if getattr(conv, name) != value:
+            raise Unsupported(f"{what} has {name} {getattr(conv, name)}, not {value}")
+
+
+def check_norm(norm: nn.Module, what: str) -> None:
+    """``norm`` is a BN in eval mode with running statistics, or was folded away.
+
+    Raises:
+        Unsupported: It is not.
+    """
+    if type(norm) is nn.Identity and not shadowed(norm):
+        return
+    # mmengine and mmcv have BNs of their own that differ in what dimensions they accept.
+    forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    if not isinstance(norm, _BatchNorm) or type(norm).forward not in forwards or shadowed(norm):
+        raise Unsupported(f"{what} is {type(norm).__name__}, not a BatchNorm")
+    if norm.running_mean is None:
+        raise Unsupported(f"{what} has no running statistics")
+    if norm.training:
+        raise Unsupported(f"{what}, a {type(norm).__name__}, is in training mode")
+
+
+def check_children(module: nn.Module, consumed: Collection[str]) -> None:
+    """All children, parameters and buffers of ``module`` are among those that the ops compute.
+
+    Raises:
+        Unsupported: There is another one.
+    """
+    stores = (module._modules, module._parameters, module._buffers)
+    for store in stores:
+        for name, value in store.items():
+            if value is not None and name not in consumed:
+                raise Unsupported(f"it has a {name} ({type(value).__name__}) beside its own parts")
+
+
+# Memory formats ----------------------------------------------------------------------------------
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether dense convolutions take ``x`` (N, C, H, W) for channels_last, as torch decides it.
+
+    Strides decide, also where several memory formats would describe the same memory (one channel,
+    one pixel) or where ``x`` is a view of a larger map.
+    """
+    if x.dim() != 4 or x.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        size, stride = x.shape[d], x.stride(d)
+        if size == 0 or stride < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
+def in_format(x: Tensor, channels_last: bool) -> Tensor:
+    """``x`` as a dense convolution would have put it out, strides included."""
+    n, c, h, w = x.shape
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+        strides = (h * w * c, 1, w * c, c)
+    else:
+        x = x if x.is_contiguous() else ops.to_nchw(x)
+        strides = (c * h * w, h * w, w, 1)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)

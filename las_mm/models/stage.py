@@ -1,0 +1,79 @@
+"""How the features run through a stage on the sparse path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from mmpretrain.models.backbones.resnet import ResLayer
+from torch import Tensor, nn
+
+from las_mm.models.block import DynamicBlock
+from las_mm.models.coverage import in_format, is_channels_last, shadowed
+from las_mm.models.snapshot import has_hooks
+
+
+class Stream:
+    """The features on their way from block to block: updated in place, in the ops' own format.
+
+    A block may overwrite its input only where that is the output of another one on the sparse path,
+    i.e. of a ReLU, that nobody else reads. Everything that is not a block on the sparse path gets
+    the features as dense convolutions would have put them out.
+
+    Args:
+        x: The stem's output, (N, C, H, W).
+        channels_last: Whether dense convolutions would have put it out so.
+        observe: Called with each module that ran, after it.
+
+    Attributes:
+        x: The features now.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        channels_last: bool,
+        observe: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self.x = x
+        self._channels_last = channels_last
+        self._observe = observe
+        self._mine = False
+
+    def output(self) -> Tensor:
+        """The features as dense convolutions would have put them out."""
+        return in_format(self.x, self._channels_last)
+
+    def run(self, module: nn.Module) -> None:
+        """Run a stage, whose input someone else may keep."""
+        self._mine = False
+        self._run(module)
+
+    def _run(self, module: nn.Module) -> None:
+        known = not has_hooks(module) and shadowed(module) is None
+        if known and isinstance(module, DynamicBlock):
+            self._run_block(module)
+        elif known and type(module) in (ResLayer, nn.Sequential):
+            for child in module:
+                self._run(child)
+            return
+        else:
+            self._run_dense(module)
+        if self._observe is not None:
+            self._observe(module)
+
+    def _run_block(self, block: DynamicBlock) -> None:
+        fast = block.fast_for(self.x)
+        if fast is None:
+            self._run_dense(block)
+            return
+        self._channels_last |= fast.channels_last
+        self.x = fast(block, self.x, self._mine)
+        # A hook inside may have kept the output.
+        self._mine = torch.compiler.is_compiling() or not block.hooked_inside()
+
+    def _run_dense(self, module: nn.Module) -> None:
+        self.x = module(self.output())
+        if self.x.dim() == 4:
+            self._channels_last = is_channels_last(self.x)
+        self._mine = False
