@@ -35,7 +35,8 @@ class BlockReport:
         predicted_ms: From the break-even table of this machine, without the masker; ``None`` if
             the block is too small to be in it, or skips channels: the table has blocks that
             compute all of them.
-        measured_ms: Median of several runs, with the masker.
+        measured_ms: Median of several runs, with the masker; ``None`` inside a module that runs as
+            a whole (a stage with hooks, or one that is no sequence of blocks).
         channel_granularity: G of a channel or both block, else ``None``.
         rate_channel: Share of channels that it computes, else ``None``.
         decided_by: What chose that: ``'measured'``, ``'pinned plan'``, ``"runtime='sparse'"``,
@@ -49,7 +50,7 @@ class BlockReport:
     rate_dilated: float | None
     choice: str
     predicted_ms: float | None
-    measured_ms: float
+    measured_ms: float | None
     channel_granularity: int | None = None
     rate_channel: float | None = None
     decided_by: str = ""
@@ -64,8 +65,8 @@ class Explanation:
 
     @property
     def measured_ms(self) -> float:
-        """Sum over the stem and all blocks."""
-        return sum(block.measured_ms for block in self.blocks)
+        """Sum over the stem and all blocks that were measured."""
+        return sum(block.measured_ms or 0.0 for block in self.blocks)
 
     def table(self) -> Table:
         """The rows as a rich table."""
@@ -133,7 +134,7 @@ def explain(
     Args:
         model: A model with one dynamic backbone (detector, classifier, backbone). On a GPU every
             block is waited for, so blocks take longer than in a stream of them.
-        image: What the backbone gets: (3, H, W) or (N, 3, H, W), normalised, the weights' dtype.
+        image: What the backbone gets: (C, H, W) or (N, C, H, W), normalised, the weights' dtype.
         quiet: Only return the explanation.
         module: Which backbone, where the model has several, e.g. ``'student.backbone'``.
 
@@ -152,8 +153,14 @@ def explain(
         raise ValueError(f"image must be a tensor, got {type(image).__name__}")
     if image.dim() == 3:
         image = image[None]
-    if image.dim() != 4 or image.shape[1] != 3:
-        raise ValueError(f"image must be (3, H, W) or (N, 3, H, W), got {tuple(image.shape)}")
+    if image.dim() != 4:
+        raise ValueError(f"image must be (C, H, W) or (N, C, H, W), got {tuple(image.shape)}")
+    channels = backbone.network_shape(tuple(image.shape[-2:])).channels
+    if image.shape[1] != channels:
+        raise ValueError(
+            f"image must have the {channels} channels that the backbone takes, got "
+            f"{tuple(image.shape)}"
+        )
     was_training = model.training
     model.eval()
     try:
@@ -184,18 +191,27 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
     for _ in range(2 + _ROUNDS):  # two to warm up
         last = time.perf_counter()
         backbone._input_hw = tuple(image.shape[-2:])
-        backbone._infer(image, observe)
+        if backbone.known_forward():
+            backbone._infer(image, observe)
+        else:
+            backbone(image)
 
-    def measured(module: nn.Module) -> float:
-        return 1e3 * statistics.median(seconds[module][2:])
+    def measured(module: nn.Module) -> float | None:
+        return 1e3 * statistics.median(seconds[module][2:]) if module in seconds else None
 
     rows = []
     if backbone in seconds:
         rows.append(BlockReport("stem", "", None, None, None, "", None, measured(backbone)))
     shape = backbone.network_shape(tuple(image.shape[-2:]))
-    for block, geometry in zip(backbone.blocks(), shape.blocks):
-        if block not in seconds:  # inside a stage with hooks
+    geometries = dict(zip(backbone.blocks(), shape.blocks))
+    unseen = [block for block in geometries if block not in seconds]
+    for block in (*(module for module in seconds if module is not backbone), *unseen):
+        if block not in geometries:
+            name = f"{names[block]} ({type(block).__name__})"
+            runs = "as it is: no block of las_mm"
+            rows.append(BlockReport(name, "", None, None, None, runs, None, measured(block)))
             continue
+        geometry = geometries[block]
         activation = block.activation
         rate = float(activation.rate)
         x = image.new_empty((image.shape[0], block.in_channels, geometry.h_in, geometry.w_in))

@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("config", help="a config with a dynamic backbone")
     add("--checkpoint", help="weights; without, they are random")
     add("--trust-checkpoint", action="store_true", help="see train.py")
-    add("--shape", type=int, nargs=4, required=True, metavar=("N", "3", "H", "W"))
+    add("--shape", type=int, nargs=4, required=True, metavar=("N", "C", "H", "W"))
     add(
         "--rate",
         type=float,
@@ -89,8 +89,10 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UserError: Something is.
     """
-    if min(args.shape) < 1 or args.shape[1] != 3:
-        raise UserError(f"--shape must be N 3 H W, all positive, got {args.shape}")
+    if min(args.shape) < 1:
+        raise UserError(f"--shape must be N C H W, all positive, got {args.shape}")
+    if args.masks == "model" and args.shape[1] != 3:
+        raise UserError(f"--masks model reads images, which have 3 channels: got {args.shape}")
     for rate in args.rate or ():
         if not 0 <= rate <= 1:
             raise UserError(f"--rate must be from 0 to 1, got {rate}")
@@ -163,7 +165,7 @@ def check_engines(args: argparse.Namespace) -> None:
 
 def candidate_of(args: argparse.Namespace) -> Candidate:
     """The model that the arguments describe."""
-    return load_candidate(
+    candidate = load_candidate(
         args.config,
         args.cfg_options,
         args.checkpoint,
@@ -172,6 +174,10 @@ def candidate_of(args: argparse.Namespace) -> Candidate:
         args.trust_checkpoint,
         args.seed,
     )
+    takes = candidate.backbone.network_shape(tuple(args.shape[2:])).channels
+    if args.shape[1] != takes:
+        raise UserError(f"--shape must have the {takes} channels of the model, got {args.shape}")
+    return candidate
 
 
 def make_input(args: argparse.Namespace, cfg: Config) -> torch.Tensor:

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         device = load_device(args.device)
         network = read_network(args)
         batch = device.batch_size if args.batch is None else args.batch
-        shape = (batch, 3, *network.input_hw)
+        shape = (batch, network.channels, *network.input_hw)
         said = settle_rates(args, network)
         rates, dilated, channel = (
             values[0] if values is not None and len(values) == 1 else values

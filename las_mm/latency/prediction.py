@@ -41,7 +41,7 @@ def predict(
             a config or its path, or a network's shape.
         device: A device, its name or its file; see :func:`load_device` for what its numbers rest
             on.
-        input_shape: (N, 3, H, W), or (H, W) for the device's batch size. Defaults to None: the
+        input_shape: (N, C, H, W), or (H, W) for the device's batch size. Defaults to None: the
             size a shape was made for, or a model's last input.
         rates: Rate of every block, shape (n_blocks,) (those of static blocks are not used), or
             one for all, in [0, 1]. Defaults to None: what the model's blocks did in its last
@@ -76,6 +76,11 @@ def predict(
         rates_dilated = recorded if rates_dilated is None else rates_dilated
         rates_channel = channel if rates_channel is None else rates_channel
     network = find_network(source, size)
+    if input_shape is not None and len(input_shape) == 4 and input_shape[1] != network.channels:
+        raise ValueError(
+            f"input_shape must have the {network.channels} channels that {network.name} takes, got "
+            f"{tuple(input_shape)}"
+        )
     if rates is None:
         modes = {block.mode for block in network.blocks} - {"static"}
         if modes - {"channel"} or (modes and rates_channel is None):
@@ -115,7 +120,7 @@ def find_network(source: Source, input_hw: Sequence[int] | None = None) -> Netwo
         return source
     if input_hw is None:
         raise ValueError(
-            "input_shape is needed: (N, 3, H, W), or (H, W) for the device's batch size"
+            "input_shape is needed: (N, C, H, W), or (H, W) for the device's batch size"
         )
     if _is_config(source):
         backbone = _build_backbone(source)
@@ -167,10 +172,10 @@ def _split(input_shape: Sequence[int] | None) -> tuple[int | None, tuple[int, in
     whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in numbers)
     if whole and len(numbers) == 2:
         return None, (int(numbers[0]), int(numbers[1]))
-    if whole and len(numbers) == 4 and numbers[1] == 3:
+    if whole and len(numbers) == 4:
         return int(numbers[0]), (int(numbers[2]), int(numbers[3]))
     raise ValueError(
-        "input_shape must be (N, 3, H, W), or (H, W) for the device's batch size, all positive "
+        "input_shape must be (N, C, H, W), or (H, W) for the device's batch size, all positive "
         f"integers, got {input_shape!r}"
     )
 

@@ -275,6 +275,12 @@ class NetworkShape:
                     names = " or ".join(kind.__name__ for kind in kinds)
                     raise ValueError(f"{self.name}: {key} must hold {names}, got {item!r}")
 
+    @property
+    def channels(self) -> int:
+        """Channels of the input."""
+        first = self.stem[0] if self.stem else self.blocks[0]
+        return first.channels if isinstance(first, PoolShape) else first.c_in
+
     def stages(self) -> dict[int, tuple[BlockShape, ...]]:
         """The blocks of each stage, in order: {1: (...), 2: ...}."""
         stages: dict[int, tuple[BlockShape, ...]] = {}

@@ -199,10 +199,7 @@ class DynamicBlock(nn.Module):
     def _settings(self) -> tuple:
         cls = type(self)
         return (
-            cls._compute,
-            cls._excite,
-            cls._gated,
-            cls._forward,
+            *[getattr(cls, name) for name in _METHODS],
             shadowed(self, _METHODS),
             self.runtime,
             self.mode,

@@ -19,6 +19,7 @@ from las_mm import ops
 
 # What building, describing, saving and training mode do is no part of what a forward pass computes.
 _NOT_COMPUTING = {
+    "__abstractmethods__",
     "__annotations__",
     "__annotations_cache__",
     "__annotate__",
@@ -36,6 +37,7 @@ _NOT_COMPUTING = {
     "__setstate__",
     "__static_attributes__",
     "__weakref__",
+    "_abc_impl",
     "_apply",
     "extra_repr",
     "init_weights",
@@ -60,9 +62,7 @@ def register(cls: type) -> type:
         for name in vars(base)
         if name not in _NOT_COMPUTING
     }
-    _known[cls] = {
-        name: inspect.getattr_static(cls, name, None) for name in (*names, *_MACHINERY)
-    }
+    _known[cls] = {name: inspect.getattr_static(cls, name, None) for name in (*names, *_MACHINERY)}
     return cls
 
 
@@ -89,9 +89,7 @@ def check_class(module: nn.Module, what: str) -> None:
 
 def shadowed(module: nn.Module, names: Iterable[str] = ("forward",)) -> str | None:
     """A method among ``names`` that was replaced on this very instance."""
-    return next(
-        (n for n in names if n in module.__dict__ and callable(module.__dict__[n])), None
-    )
+    return next((n for n in names if n in module.__dict__ and callable(module.__dict__[n])), None)
 
 
 def check_plain(module: nn.Module, what: str, *types: type) -> None:
@@ -182,7 +180,7 @@ def is_channels_last(x: Tensor) -> bool:
 def in_format(x: Tensor, channels_last: bool) -> Tensor:
     """``x`` as a dense convolution would have put it out, strides included."""
     n, c, h, w = x.shape
-    if channels_last:
+    if channels_last and h * w != 1:  # one pixel is the same in both, and comes out as NCHW
         x = x.contiguous(memory_format=torch.channels_last)
         strides = (h * w * c, 1, w * c, c)
     else:

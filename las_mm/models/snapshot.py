@@ -53,6 +53,10 @@ class Snapshot:
             and not value.is_inference()
             and name != "num_batches_tracked"
         ]
+        self._kinds = [
+            (sub, type(sub), len(sub._modules), sub.__dict__.get("forward"))
+            for sub in (module, *inside)
+        ]
         # A hook inside wants to see the training form's tensors.
         self._hooks = [
             hooks for sub in inside for hooks in (sub._forward_hooks, sub._forward_pre_hooks)
@@ -100,6 +104,11 @@ class Snapshot:
                 return True
         for tensor, version in self._versions:
             if tensor._version != version:
+                return True
+        for sub, cls, children, forward in self._kinds:
+            if type(sub) is not cls or len(sub._modules) != children:
+                return True
+            if sub.__dict__.get("forward") is not forward:
                 return True
         if not self._sources or _capturing(self._sources[0]):
             return False

@@ -230,7 +230,7 @@ class FastBottleneck:
             choice=Choice(winograd=winograd is not None),
             excitation=excitation,
             channel_layers=_layers_of(block.masker_channel),
-            channels_last=any(is_channels_last(conv.weight) for conv in _convs(block)),
+            channels_last=any(is_channels_last(conv.weight) for conv in _leading(block)),
         )
 
     def kind(self, x: Tensor) -> BlockKind:
@@ -423,7 +423,10 @@ def _layers_of(masker: nn.Module | None) -> tuple[list[Tensor], list[Tensor]] | 
     weights = [layer.weight for layer in layers]
     if weights[0].dtype != torch.float32 or not ops.has_channel_mask(weights[0].device.type):
         return None
-    if any(type(w) not in (nn.Parameter, Tensor) or layer.bias is None for layer, w in zip(layers, weights)):
+    if any(
+        type(w) not in (nn.Parameter, Tensor) or layer.bias is None
+        for layer, w in zip(layers, weights)
+    ):
         return None
     return weights, [layer.bias for layer in layers]
 
@@ -453,9 +456,14 @@ def _excitation_of(block: nn.Module) -> list[Tensor] | None:
 _POINTWISE = dict(kernel_size=(1, 1), padding=(0, 0), groups=1)
 
 
-def _convs(block: nn.Module) -> list[nn.Module]:
-    convs = [block.conv1, block.conv2, block.conv3]
-    return convs if block.downsample is None else [*convs, block.downsample[-2]]
+def _leading(block: nn.Module) -> list[nn.Module]:
+    """The convolutions whose weights' memory format the output of a dense block has.
+
+    A sum has the format of its first term: the shortcut, or without a mask the branch.
+    """
+    if block.masker is None:
+        return [block.conv1, block.conv2, block.conv3]
+    return [] if block.downsample is None else [block.downsample[-2]]
 
 
 def _check_block(block: nn.Module) -> None:
@@ -471,7 +479,7 @@ def _check_block(block: nn.Module) -> None:
         raise Unsupported("its DropPath is in training mode")
     for masker in block.maskers():
         check_class(masker, "its masker")
-        if masker.training or any(module.training for module in masker.modules()):
+        if masker.training:  # it samples
             raise Unsupported("its masker is in training mode")
     if block.masker is not None:
         check_conv(block.masker.conv, "its masker's conv", **_POINTWISE, stride=(1, 1))

@@ -29,6 +29,7 @@ from las_mm.ops.convolution import (
     gather_conv3x3,
     masker_conv1x1,
 )
+from las_mm.ops.flops import register as _register_flops
 from las_mm.ops.library import load_native
 from las_mm.ops.maps import conv_pool_stem, to_nchw
 from las_mm.ops.masks import LAYER, dilate_mask, spatial_mask, supports
@@ -70,6 +71,7 @@ __all__ = [
     "unchanged",
 ]
 
+_register_flops()
 _NATIVE = load_native()
 
 

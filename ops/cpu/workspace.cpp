@@ -69,10 +69,15 @@ Workspace& workspace() {
 
 at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes, bool channels_last) {
   // Storages, not tensors: a tensor that Python has seen keeps its Python object alive.
-  thread_local std::deque<c10::Storage> kept;
+  struct Kept {
+    c10::Storage storage;
+    const void* memory;  // elsewhere once it went to shared memory, which other processes may read
+  };
+  thread_local std::deque<Kept> kept;
   const size_t bytes = c10::multiply_integers(sizes) * like.element_size();
-  const auto free = std::find_if(kept.begin(), kept.end(), [&](const c10::Storage& storage) {
-    return storage.use_count() == 1 && storage.nbytes() == bytes;
+  const auto free = std::find_if(kept.begin(), kept.end(), [&](const Kept& one) {
+    return one.storage.use_count() == 1 && one.storage.nbytes() == bytes &&
+           one.storage.data() == one.memory;
   });
   c10::Storage storage;
   if (free == kept.end()) {
@@ -81,10 +86,10 @@ at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes, bool channe
                            c10::DataPtr(memory, memory, &release, c10::Device(c10::kCPU)));
     if (kept.size() == kKeptOutputs) kept.pop_front();
   } else {
-    storage = std::move(*free);
+    storage = std::move(free->storage);
     kept.erase(free);
   }
-  kept.push_back(storage);  // the least recently used one is dropped first
+  kept.push_back({storage, storage.data()});  // the least recently used one is dropped first
   const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
   at::Tensor out = at::empty({0}, like.options().memory_format(at::MemoryFormat::Contiguous));
   if (channels_last) return out.set_(storage, 0, sizes, {h * w * c, 1, w * c, c});
