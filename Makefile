@@ -3,9 +3,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
+# A stack is a file of requirements/stacks: a version of Python, torch and OpenMMLab's packages.
+STACK ?= pinned
+STACK_FILE := requirements/stacks/$(STACK).txt
+STACK_PYTHON := $(shell sed -n '1s/^\# Python \([0-9.]*\).*/\1/p' $(STACK_FILE) 2>/dev/null)
+
 PYTHON ?= python3
-BIN := .venv/bin
-DONE := .venv/.done
+VENV ?= .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
 DEMO := work_dirs/demo
 DEMO_CONFIG := configs/mask_rcnn_lasnet_r101_demo.py
 # A folder with a ready-made mmcv wheel saves compiling it (12 minutes on 2 cores).
@@ -16,12 +22,13 @@ GPU_TESTS := tests/ops/test_cuda_device.py
 # A few drawn cases; torch's own memory pool would hide accesses beside a tensor.
 GPU_SANITIZE := LAS_MM_HYPOTHESIS_SCALE=0.02 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help setup benchmark test test-slow test-gpu cuda-build cuda-resources sanitize lint demo clean distclean
+.PHONY: help setup benchmark test test-slow test-stack test-gpu cuda-build cuda-resources sanitize lint demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
 	@echo "make test       lint, type check and tests that take seconds"
 	@echo "make test-slow  also the tests that train for minutes"
+	@echo "make test-stack STACK=openmmlab  the tests on another set of versions, in .venv-openmmlab"
 	@echo "make test-gpu   build the CUDA kernels and compare them with the CPU; needs a GPU"
 	@echo "make cuda-build build and import the CUDA kernels aside, for 6 generations of GPUs; needs nvcc, no GPU"
 	@echo "make cuda-resources  also check their registers, occupancy and instructions (ARCHITECTURES=\"75 80\": only these)"
@@ -32,9 +39,9 @@ help:
 	@echo "make distclean  remove .venv too"
 
 $(DONE)/venv:
-	@echo "== [1/6] virtual environment in .venv"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and "Python 3.9 or newer is needed (3.11 is tested), got " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+	@echo "== [1/6] virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed ($(STACK_PYTHON) is tested), got " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@mkdir -p $(DONE) && touch $@
 
@@ -43,20 +50,22 @@ $(DONE)/build: requirements/build.txt | $(DONE)/venv
 	$(BIN)/pip install --quiet -r requirements/build.txt
 	@touch $@
 
-$(DONE)/torch: requirements/torch.txt | $(DONE)/build
+# What other packages compile against.
+$(DONE)/torch: $(STACK_FILE) | $(DONE)/build
 	@echo "== [3/6] torch (about 2 minutes)"
-	$(BIN)/pip install -r requirements/torch.txt
+	$(BIN)/pip install -r <(grep -E '^(torch|torchvision|numpy)\b' $<)
 	@touch $@
 
-# --verbose shows the compiler's steps when mmcv has to be built; the whole log stays in .venv.
-$(DONE)/mm: requirements/mm.txt | $(DONE)/torch
+# --verbose shows the compiler's steps when mmcv has to be built; the whole log stays in $(VENV).
+$(DONE)/mm: $(STACK_FILE) | $(DONE)/torch
 	@echo "== [4/6] OpenMMLab packages ($(if $(WHEELS),mmcv wheel from $(WHEELS),compiling mmcv: about 12 minutes on 2 cores))"
 	@export LAS_MM_CXX="$${CXX:-g++}"; \
-	  $(if $(WHEELS),PIP_FIND_LINKS=$(abspath $(WHEELS))) CXX=$(CURDIR)/requirements/cxx20.sh \
-	  $(BIN)/pip install --verbose --no-build-isolation -r requirements/mm.txt 2>&1 \
-	  | tee .venv/mm-install.log \
-	  | sed -nu -e 's/^ *\[\([0-9]*\/[0-9]*\)\] .*/   compiling mmcv \1/p' -e '/^Collecting onedl/p' -e '/^ *Downloading onedl/p' -e '/^Building wheel/p' -e '/^Successfully/p' \
-	  || { tail -n 40 .venv/mm-install.log; exit 1; }
+	  $(if $(WHEELS),PIP_FIND_LINKS=$(abspath $(WHEELS))) \
+	  $(if $(filter pinned,$(STACK)),CXX=$(CURDIR)/requirements/cxx20.sh) \
+	  $(BIN)/pip install --verbose --no-build-isolation -r $< 2>&1 \
+	  | tee $(VENV)/mm-install.log \
+	  | sed -nu -e 's/^ *\[\([0-9]*\/[0-9]*\)\] .*/   compiling mmcv \1/p' -e '/^Collecting \(onedl\|mm\)/p' -e '/^ *Downloading \(onedl\|mm\)/p' -e '/^Building wheel/p' -e '/^Successfully/p' \
+	  || { tail -n 40 $(VENV)/mm-install.log; exit 1; }
 	@touch $@
 
 $(DONE)/tools: requirements/dev.txt requirements/demo.txt | $(DONE)/mm

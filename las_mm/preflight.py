@@ -23,6 +23,7 @@ from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from las_mm import compat
 from las_mm.dependencies import MissingDependencyError
 from las_mm.registry import HOOKS, MODELS
 
@@ -309,8 +310,7 @@ def load_checkpoint(path: str, trust: bool = False) -> dict:
     try:
         if trust:
             return torch.load(path, map_location="cpu", weights_only=False)
-        with torch.serialization.safe_globals(_safe_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return compat.load_weights(path, _safe_globals())
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(

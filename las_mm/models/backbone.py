@@ -8,7 +8,7 @@ import torch
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 
-from las_mm import ops
+from las_mm import compat, ops
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape
 from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
@@ -64,7 +64,7 @@ class DynamicBackbone(nn.Module):
         if observe is not None:
             observe(self)
         outs = []
-        compiling = torch.compiler.is_compiling()
+        compiling = compat.is_compiling()
         for i, name in enumerate(self.res_layers):
             stage = getattr(self, name)
             if has_hooks(stage):
@@ -96,7 +96,7 @@ class DynamicBackbone(nn.Module):
         """
         if self.fast_stem is None:
             return None
-        if torch.compiler.is_compiling():
+        if compat.is_compiling():
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast_stem

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from las_mm import ops
+from las_mm import compat, ops
 from las_mm.models import sparse
 from las_mm.models.activation import Activation, work_shares
 from las_mm.models.maskers import (
@@ -113,7 +113,7 @@ class DynamicBlock(nn.Module):
         Raises:
             RuntimeError: Inside ``torch.compile`` or ``torch.export`` before the first call.
         """
-        if torch.compiler.is_compiling():
+        if compat.is_compiling():
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast

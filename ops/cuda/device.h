@@ -13,10 +13,10 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <optional>
 #include <string>
 #include <vector>
 
+#include "common/compat.h"
 #include "cuda/channel_sequences.cuh"
 #include "cuda/platform.cuh"
 #include "cuda/sequences.cuh"
@@ -152,7 +152,7 @@ Global<T> output(const at::Tensor& x) {
   return {static_cast<T*>(x.mutable_data_ptr())};
 }
 template <typename T>
-Global<const T> optional_input(const std::optional<at::Tensor>& x) {
+Global<const T> optional_input(const Optional<at::Tensor>& x) {
   return x ? input<T>(*x) : Global<const T>{};
 }
 
