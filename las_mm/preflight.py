@@ -327,12 +327,13 @@ def _safe_globals() -> list:
     import numpy as np
     from mmengine.logging import HistoryBuffer
 
-    core = np._core if hasattr(np, "_core") else np.core
+    # numpy's own names for these two differ between its versions.
+    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "uint32")]
     return [
         HistoryBuffer,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
+        reconstruct,
+        scalar,
         np.ndarray,
         np.dtype,
         slice,
