@@ -18,6 +18,12 @@ DEMO_CONFIG := configs/mask_rcnn_lasnet_r101_demo.py
 WHEELS ?= $(wildcard ../shared/wheels)
 NATIVE := $(wildcard ops/*.cpp ops/*/*.cpp ops/*/*.h ops/*/*.cu ops/*/*.cuh)
 FAST := -m "not slow"
+# By file, for their fixtures; one thread each.
+PYTEST = OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n logical --maxprocesses 8 --dist loadfile --durations=25
+TESTS ?= $(FAST)
+STACKS := $(basename $(notdir $(wildcard requirements/stacks/*.txt)))
+COPY := $(VENV)/src
+GOLDEN := ../shared/golden
 GPU_TESTS := tests/ops/test_cuda_device.py
 # A few drawn cases; torch's own memory pool would hide accesses beside a tensor.
 GPU_SANITIZE := LAS_MM_HYPOTHESIS_SCALE=0.02 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
@@ -36,7 +42,7 @@ help:
 	@echo "make benchmark  every measurement of docs/performance.md: about 25 minutes, on an idle machine"
 	@echo "make setup      only the environment in .venv"
 	@echo "make clean      remove build files and the demo's data and output, to start it anew"
-	@echo "make distclean  remove .venv too"
+	@echo "make distclean  remove .venv and .venv-* too"
 
 $(DONE)/venv:
 	@echo "== [1/6] virtual environment in $(VENV)"
@@ -86,10 +92,40 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest $(FAST)
+	$(PYTEST) $(FAST)
 
 test-slow: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Stacks ------------------------------------------------------------------------------------------
+
+test-stack:
+	@case " $(STACKS) " in *" $(STACK) "*) ;; *) echo "STACK must be one of $(STACKS); got $(STACK)"; exit 2; esac
+	@python=python$(STACK_PYTHON); \
+	  $$python -c '' 2>/dev/null || python=$$(pyenv prefix "$$(pyenv latest $(STACK_PYTHON))")/bin/python \
+	  || { echo "test-stack: $(STACK) needs Python $(STACK_PYTHON), on the PATH or in pyenv"; exit 1; }; \
+	  $(MAKE) --no-print-directory STACK=$(STACK) VENV=.venv-$(STACK) PYTHON=$$python stack-tests
+
+# The tests run in a copy of the checkout: native ops of two stacks with one Python have one name.
+.PHONY: stack-tests stack-copy
+stack-tests: $(DONE)/copy
+	cd $(COPY) && $(if $(wildcard $(GOLDEN)),LAS_MM_GOLDEN=$${LAS_MM_GOLDEN:-$(abspath $(GOLDEN))}) $(PYTEST) $(TESTS)
+
+# Tests' tools in the newest versions for that Python and numpy.
+$(DONE)/test-tools: requirements/dev.txt requirements/demo.txt | $(DONE)/mm
+	@echo "== [5/6] test tools"
+	$(BIN)/pip install --quiet -r $(STACK_FILE) -r <(sed -n '/^\(mypy\|pre-commit\|ruff\|types-\)/!s/==.*//p' $^)
+	@touch $@
+
+stack-copy: | $(DONE)/test-tools
+	@mkdir -p $(COPY)/las_mm && mv $(COPY) $(COPY).old && mkdir $(COPY)
+	@git ls-files -coz --exclude-standard | xargs -0 ls -d 2>/dev/null | tar -cf - -T - | tar -xf - -C $(COPY)
+	@find $(COPY).old/las_mm -name '_C*.so' -exec mv {} $(COPY)/las_mm/ \; && rm -rf $(COPY).old
+
+$(DONE)/copy: setup.py pyproject.toml las_mm/version.py $(NATIVE) | stack-copy
+	@echo "== [6/6] las_mm with its native ops"
+	$(BIN)/pip install --quiet --no-build-isolation -e $(COPY)
+	@touch $@
 
 # FORCE_CUDA names the missing compiler; without it a build would quietly be for the CPU only.
 test-gpu: setup
@@ -132,4 +168,4 @@ clean:
 	rm -rf build $(DEMO) data/demo_coco
 
 distclean: clean
-	rm -rf .venv *.egg-info las_mm/_C*.so
+	rm -rf .venv .venv-* *.egg-info las_mm/_C*.so

@@ -151,6 +151,7 @@ def main():
                 "mypy",
                 "pre-commit",
                 "pytest",
+                "pytest-xdist",
                 "ruff",
                 "types-PyYAML",
             ],
