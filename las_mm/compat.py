@@ -21,6 +21,8 @@ is_compiling: Callable[[], bool] = getattr(
 # Whether it is torch.export, which forbids to leave anything in a module. Before torch 2.7 nobody
 # can tell them apart, so under torch.compile nothing is left either: activations stay as they were.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
+# Whether torch.compile takes custom ops that write to an argument.
+COMPILES_MUTATION = hasattr(torch.library, "register_fake")
 
 
 def register_fake(name: str, kernel: Callable | None = None, *, lib: torch.library.Library) -> Any:
@@ -62,6 +64,7 @@ def load_weights(path: str, allowed: Sequence[Any]) -> Any:
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
+            module = "builtins" if module == "__builtin__" else module  # what Python 2 called it
             try:
                 return known[f"{module}.{name}"]
             except KeyError:

@@ -75,7 +75,8 @@ class DynamicBackbone(nn.Module):
                     hooked = has_hooks(block)
                     x = block(x) if hooked else block.infer(x, in_place=mine)
                     # A hook may have kept the output.
-                    mine = not hooked and (compiling or not block.hooked_inside())
+                    kept = not compat.COMPILES_MUTATION if compiling else block.hooked_inside()
+                    mine = not hooked and not kept
                     if observe is not None:
                         observe(block)
             if i in self.out_indices:
