@@ -21,6 +21,11 @@ FAST := -m "not slow"
 # By file, for their fixtures; one thread each.
 PYTEST = OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n logical --maxprocesses 8 --dist loadfile --durations=25
 TESTS ?= $(FAST)
+# What tells within minutes whether a stack works: import, ops against the reference with few drawn
+# cases, reference outputs, one training step and sparse inference of the main config, detection.
+SHORT := tests/test_plugin.py tests/test_readme_lines.py tests/test_golden.py \
+  tests/ops/test_masks.py tests/ops/test_packing.py tests/ops/test_sparse_ops.py tests/ops/test_channel_ops.py \
+  "tests/test_configs.py::test_trains_and_infers[mask_rcnn_lasnet_r101.py]"
 STACKS := $(basename $(notdir $(wildcard requirements/stacks/*.txt)))
 COPY := $(VENV)/src
 GOLDEN := ../shared/golden
@@ -28,13 +33,14 @@ GPU_TESTS := tests/ops/test_cuda_device.py
 # A few drawn cases; torch's own memory pool would hide accesses beside a tensor.
 GPU_SANITIZE := LAS_MM_HYPOTHESIS_SCALE=0.02 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help setup benchmark test test-slow test-stack test-gpu cuda-build cuda-resources sanitize lint demo clean distclean
+.PHONY: help setup benchmark test test-slow test-stack test-stack-short test-gpu cuda-build cuda-resources sanitize lint demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
 	@echo "make test       lint, type check and tests that take seconds"
 	@echo "make test-slow  also the tests that train for minutes"
 	@echo "make test-stack STACK=openmmlab  the tests on another set of versions, in .venv-openmmlab"
+	@echo "make test-stack-short STACK=openmmlab  a few minutes of them"
 	@echo "make test-gpu   build the CUDA kernels and compare them with the CPU; needs a GPU"
 	@echo "make cuda-build build and import the CUDA kernels aside, for 6 generations of GPUs; needs nvcc, no GPU"
 	@echo "make cuda-resources  also check their registers, occupancy and instructions (ARCHITECTURES=\"75 80\": only these)"
@@ -99,12 +105,14 @@ test-slow: lint
 
 # Stacks ------------------------------------------------------------------------------------------
 
-test-stack:
+test-stack-short: export LAS_MM_HYPOTHESIS_SCALE ?= 0.1
+test-stack-short: TESTS := $(SHORT)
+test-stack test-stack-short:
 	@case " $(STACKS) " in *" $(STACK) "*) ;; *) echo "STACK must be one of $(STACKS); got $(STACK)"; exit 2; esac
 	@python=python$(STACK_PYTHON); \
 	  $$python -c '' 2>/dev/null || python=$$(pyenv prefix "$$(pyenv latest $(STACK_PYTHON))")/bin/python \
 	  || { echo "test-stack: $(STACK) needs Python $(STACK_PYTHON), on the PATH or in pyenv"; exit 1; }; \
-	  $(MAKE) --no-print-directory STACK=$(STACK) VENV=.venv-$(STACK) PYTHON=$$python stack-tests
+	  $(MAKE) --no-print-directory STACK=$(STACK) VENV=.venv-$(STACK) PYTHON=$$python TESTS='$(TESTS)' stack-tests
 
 # The tests run in a copy of the checkout: native ops of two stacks with one Python have one name.
 .PHONY: stack-tests stack-copy

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import needs
+
 ROOT = Path(__file__).resolve().parents[1]
 try:
     import las_mm  # noqa: F401
@@ -56,6 +58,8 @@ def tiny_config(demo_coco):
     train2017 and evaluates on val2017. An override is a config key, dots allowed:
     ``tiny_config(tmp_path, **{"train_cfg.max_epochs": 4})``.
     """
+    if not needs.HAS_MMDET:
+        pytest.skip(needs.NO_MMDET)
 
     def write(work_dir: Path, **overrides) -> Path:
         from mmengine.config import Config

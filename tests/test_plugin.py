@@ -11,6 +11,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
+import needs
+
 BACKBONE = dict(type="las_mm.LASResNet", depth=50, base_channels=8, stem_channels=8)
 
 
@@ -45,6 +47,7 @@ def test_mmpretrain_classifier():
     assert result[0].pred_score.shape == (10,)
 
 
+@needs.MMDET
 def test_mmdet_retinanet():
     init_default_scope("mmdet")
     cfg = Config.fromfile("configs/retinanet_lasnet_r101.py")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+import needs
 from las_mm import LASResNet
 from las_mm.models.sparse import masked_dense
 
 ROOT = Path(__file__).resolve().parents[1]
-pytest.importorskip("mmdet", reason="mmdet is not part of this stack")
+pytestmark = needs.MMDET
 
 
 def five_lines() -> str:
