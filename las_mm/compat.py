@@ -6,6 +6,8 @@ No other module asks for a version.
 
 from __future__ import annotations
 
+import codecs
+import collections
 import functools
 import pickle
 import types
@@ -47,8 +49,7 @@ def load_weights(path: str, allowed: Sequence[Any]) -> Any:
 
     Args:
         path: A local file.
-        allowed: Classes and functions that the file may name besides torch's own, or pairs of such
-            a one and the name that stands for it in the file, like ``'builtins.getattr'``.
+        allowed: Classes and functions that the file may name besides torch's own.
 
     Raises:
         pickle.UnpicklingError: The file names something else.
@@ -58,9 +59,8 @@ def load_weights(path: str, allowed: Sequence[Any]) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     # Before torch 2.5 the strict reader takes no names but its own.
     known = dict(torch._weights_only_unpickler._get_allowed_globals())
-    for entry in allowed:
-        value, name = entry if isinstance(entry, tuple) else (entry, _qualified_name(entry))
-        known[name] = value
+    for value in (*_LATER_ALLOWED, *allowed):
+        known[f"{value.__module__}.{value.__qualname__}"] = value
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -75,5 +75,5 @@ def load_weights(path: str, allowed: Sequence[Any]) -> Any:
     return torch.load(path, map_location="cpu", pickle_module=strict, weights_only=False)
 
 
-def _qualified_name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
+# What newer versions of torch add to the names that every file may use.
+_LATER_ALLOWED = (collections.Counter, codecs.encode, bytearray, set, complex)

@@ -77,7 +77,7 @@ def trained(tmp_path_factory, demo_coco):
                 logger=dict(interval=1),
             ),
             log_processor=dict(by_epoch=False),
-            vis_backends=[dict(type="LocalVisBackend")],
+            visualizer=dict(name="readme_lines"),  # mmengine has one per name and process
         )
     )
     Runner.from_cfg(cfg).train()

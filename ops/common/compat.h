@@ -2,7 +2,10 @@
 // nothing else; las_mm/compat.py is its twin in Python.
 #pragma once
 
+#include <ATen/Context.h>
 #include <torch/version.h>
+
+#include <string>
 
 // The optional that the dispatcher takes from Python: torch's own class before 2.5.
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 5
@@ -22,3 +25,18 @@ using Optional = std::optional<T>;
 using std::nullopt;
 }  // namespace las_mm
 #endif
+
+namespace las_mm {
+
+// Whether float32 convolutions may be TF32. Newer versions keep a setting per kind of operation and
+// raise when asked for one of all kinds that differ.
+template <class Operation>
+bool allows_tf32(bool (at::Context::*ask)(Optional<Operation>) const) {
+  return (at::globalContext().*ask)(Operation::CONV);
+}
+inline bool allows_tf32(bool (at::Context::*ask)(const std::string&) const) {
+  return (at::globalContext().*ask)("conv");
+}
+inline bool allows_tf32(bool (at::Context::*ask)() const) { return (at::globalContext().*ask)(); }
+
+}  // namespace las_mm
