@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 import needs
 
@@ -35,6 +36,12 @@ def load_tool(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_by_other_files() -> None:
+    """No scope, as in a new process: files run in any order."""
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")
