@@ -3,25 +3,44 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
+# A stack is a file of requirements/stacks: a version of Python, torch and OpenMMLab's packages.
+STACK ?= pinned
+STACK_FILE := requirements/stacks/$(STACK).txt
+STACK_PYTHON := $(shell sed -n '1s/^\# Python \([0-9.]*\).*/\1/p' $(STACK_FILE) 2>/dev/null)
+
 PYTHON ?= python3
-BIN := .venv/bin
-DONE := .venv/.done
+VENV ?= .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
 DEMO := work_dirs/demo
 DEMO_CONFIG := configs/mask_rcnn_lasnet_r101_demo.py
 # A folder with a ready-made mmcv wheel saves compiling it (12 minutes on 2 cores).
 WHEELS ?= $(wildcard ../shared/wheels)
 NATIVE := $(wildcard ops/*.cpp ops/*/*.cpp ops/*/*.h ops/*/*.cu ops/*/*.cuh)
 FAST := -m "not slow"
+# By file, for their fixtures; one thread each.
+PYTEST = OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n logical --maxprocesses 8 --dist loadfile --durations=25
+TESTS ?= $(FAST)
+# What tells within minutes whether a stack works: import, ops against the reference with few drawn
+# cases, reference outputs, one training step and sparse inference of the main config, detection.
+SHORT := tests/test_plugin.py tests/test_readme_lines.py tests/test_golden.py \
+  tests/ops/test_masks.py tests/ops/test_packing.py tests/ops/test_sparse_ops.py tests/ops/test_channel_ops.py \
+  "tests/test_configs.py::test_trains_and_infers[mask_rcnn_lasnet_r101.py]"
+STACKS := $(basename $(notdir $(wildcard requirements/stacks/*.txt)))
+COPY := $(VENV)/src
+GOLDEN := ../shared/golden
 GPU_TESTS := tests/ops/test_cuda_device.py
 # A few drawn cases; torch's own memory pool would hide accesses beside a tensor.
 GPU_SANITIZE := LAS_MM_HYPOTHESIS_SCALE=0.02 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help setup benchmark test test-slow test-gpu cuda-build cuda-resources sanitize lint demo clean distclean
+.PHONY: help setup benchmark test test-slow test-stack test-stack-short test-gpu cuda-build cuda-resources sanitize lint demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
 	@echo "make test       lint, type check and tests that take seconds"
 	@echo "make test-slow  also the tests that train for minutes"
+	@echo "make test-stack STACK=openmmlab  the tests on another set of versions, in .venv-openmmlab"
+	@echo "make test-stack-short STACK=openmmlab  a few minutes of them"
 	@echo "make test-gpu   build the CUDA kernels and compare them with the CPU; needs a GPU"
 	@echo "make cuda-build build and import the CUDA kernels aside, for 6 generations of GPUs; needs nvcc, no GPU"
 	@echo "make cuda-resources  also check their registers, occupancy and instructions (ARCHITECTURES=\"75 80\": only these)"
@@ -29,12 +48,12 @@ help:
 	@echo "make benchmark  every measurement of docs/performance.md: about 25 minutes, on an idle machine"
 	@echo "make setup      only the environment in .venv"
 	@echo "make clean      remove build files and the demo's data and output, to start it anew"
-	@echo "make distclean  remove .venv too"
+	@echo "make distclean  remove .venv and .venv-* too"
 
 $(DONE)/venv:
-	@echo "== [1/6] virtual environment in .venv"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and "Python 3.9 or newer is needed (3.11 is tested), got " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+	@echo "== [1/6] virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed ($(STACK_PYTHON) is tested), got " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@mkdir -p $(DONE) && touch $@
 
@@ -43,20 +62,22 @@ $(DONE)/build: requirements/build.txt | $(DONE)/venv
 	$(BIN)/pip install --quiet -r requirements/build.txt
 	@touch $@
 
-$(DONE)/torch: requirements/torch.txt | $(DONE)/build
+# What other packages compile against.
+$(DONE)/torch: $(STACK_FILE) | $(DONE)/build
 	@echo "== [3/6] torch (about 2 minutes)"
-	$(BIN)/pip install -r requirements/torch.txt
+	$(BIN)/pip install -r <(grep -E '^(torch|torchvision|numpy)\b' $<)
 	@touch $@
 
-# --verbose shows the compiler's steps when mmcv has to be built; the whole log stays in .venv.
-$(DONE)/mm: requirements/mm.txt | $(DONE)/torch
+# --verbose shows the compiler's steps when mmcv has to be built; the whole log stays in $(VENV).
+$(DONE)/mm: $(STACK_FILE) | $(DONE)/torch
 	@echo "== [4/6] OpenMMLab packages ($(if $(WHEELS),mmcv wheel from $(WHEELS),compiling mmcv: about 12 minutes on 2 cores))"
 	@export LAS_MM_CXX="$${CXX:-g++}"; \
-	  $(if $(WHEELS),PIP_FIND_LINKS=$(abspath $(WHEELS))) CXX=$(CURDIR)/requirements/cxx20.sh \
-	  $(BIN)/pip install --verbose --no-build-isolation -r requirements/mm.txt 2>&1 \
-	  | tee .venv/mm-install.log \
-	  | sed -nu -e 's/^ *\[\([0-9]*\/[0-9]*\)\] .*/   compiling mmcv \1/p' -e '/^Collecting onedl/p' -e '/^ *Downloading onedl/p' -e '/^Building wheel/p' -e '/^Successfully/p' \
-	  || { tail -n 40 .venv/mm-install.log; exit 1; }
+	  $(if $(WHEELS),PIP_FIND_LINKS=$(abspath $(WHEELS))) \
+	  $(if $(filter pinned,$(STACK)),CXX=$(CURDIR)/requirements/cxx20.sh) \
+	  $(BIN)/pip install --verbose --no-build-isolation -r $< 2>&1 \
+	  | tee $(VENV)/mm-install.log \
+	  | sed -nu -e 's/^ *\[\([0-9]*\/[0-9]*\)\] .*/   compiling mmcv \1/p' -e '/^Collecting \(onedl\|mm\)/p' -e '/^ *Downloading \(onedl\|mm\)/p' -e '/^Building wheel/p' -e '/^Successfully/p' \
+	  || { tail -n 40 $(VENV)/mm-install.log; exit 1; }
 	@touch $@
 
 $(DONE)/tools: requirements/dev.txt requirements/demo.txt | $(DONE)/mm
@@ -77,10 +98,42 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest $(FAST)
+	$(PYTEST) $(FAST)
 
 test-slow: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Stacks ------------------------------------------------------------------------------------------
+
+test-stack-short: export LAS_MM_HYPOTHESIS_SCALE ?= 0.1
+test-stack-short: TESTS := $(SHORT)
+test-stack test-stack-short:
+	@case " $(STACKS) " in *" $(STACK) "*) ;; *) echo "STACK must be one of $(STACKS); got $(STACK)"; exit 2; esac
+	@python=python$(STACK_PYTHON); \
+	  $$python -c '' 2>/dev/null || python=$$(pyenv prefix "$$(pyenv latest $(STACK_PYTHON))")/bin/python \
+	  || { echo "test-stack: $(STACK) needs Python $(STACK_PYTHON), on the PATH or in pyenv"; exit 1; }; \
+	  $(MAKE) --no-print-directory STACK=$(STACK) VENV=.venv-$(STACK) PYTHON=$$python TESTS='$(TESTS)' stack-tests
+
+# The tests run in a copy of the checkout: native ops of two stacks with one Python have one name.
+.PHONY: stack-tests stack-copy
+stack-tests: $(DONE)/copy
+	cd $(COPY) && $(if $(wildcard $(GOLDEN)),LAS_MM_GOLDEN=$${LAS_MM_GOLDEN:-$(abspath $(GOLDEN))}) $(PYTEST) $(TESTS)
+
+# Tests' tools in the newest versions for that Python and numpy.
+$(DONE)/test-tools: requirements/dev.txt requirements/demo.txt | $(DONE)/mm
+	@echo "== [5/6] test tools"
+	$(BIN)/pip install --quiet -r $(STACK_FILE) -r <(sed -n '/^\(mypy\|pre-commit\|ruff\|types-\)/!s/==.*//p' $^)
+	@touch $@
+
+stack-copy: | $(DONE)/test-tools
+	@mkdir -p $(COPY)/las_mm && mv $(COPY) $(COPY).old && mkdir $(COPY)
+	@git ls-files -coz --exclude-standard | xargs -0 ls -d 2>/dev/null | tar -cf - -T - | tar -xf - -C $(COPY)
+	@find $(COPY).old/las_mm -name '_C*.so' -exec mv {} $(COPY)/las_mm/ \; && rm -rf $(COPY).old
+
+$(DONE)/copy: setup.py pyproject.toml las_mm/version.py $(NATIVE) | stack-copy
+	@echo "== [6/6] las_mm with its native ops"
+	$(BIN)/pip install --quiet --no-build-isolation -e $(COPY)
+	@touch $@
 
 # FORCE_CUDA names the missing compiler; without it a build would quietly be for the CPU only.
 test-gpu: setup
@@ -123,4 +176,4 @@ clean:
 	rm -rf build $(DEMO) data/demo_coco
 
 distclean: clean
-	rm -rf .venv *.egg-info las_mm/_C*.so
+	rm -rf .venv .venv-* *.egg-info las_mm/_C*.so

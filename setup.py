@@ -22,6 +22,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 DESCRIPTION = "Latency-aware spatially dynamic networks (LASNet, LAUDNet) for OpenMMLab projects"
 CUDA_FOLDERS = ("/usr/local/cuda-{}", "/usr/local/cuda")  # {}: the version of torch's CUDA
+PYTHONS = ("3.10", "3.11", "3.12")  # of requirements/stacks
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
 
@@ -136,11 +137,17 @@ def main():
         long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
         long_description_content_type="text/markdown",
         license="Apache-2.0",
-        python_requires=">=3.9",
+        python_requires=">=3.10",
+        classifiers=[
+            "Operating System :: POSIX :: Linux",
+            "Programming Language :: Python :: 3",
+            *(f"Programming Language :: Python :: {version}" for version in PYTHONS),
+            "Topic :: Scientific/Engineering :: Image Recognition",
+        ],
         packages=find_packages(include=["las_mm", "las_mm.*"]),
         package_data={"las_mm": ["latency/devices/*.yaml"]},
         # torch and OpenMMLab's packages exist in several builds under several names, so they are
-        # the user's choice: requirements/ lists the tested pins, las_mm checks the imports.
+        # the user's choice: requirements/stacks lists what was tested, las_mm checks the imports.
         install_requires=["filelock", "numpy", "PyYAML", "rich", "tensorboard"],
         extras_require={
             "benchmark": ["matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino"],
@@ -151,6 +158,7 @@ def main():
                 "mypy",
                 "pre-commit",
                 "pytest",
+                "pytest-xdist",
                 "ruff",
                 "types-PyYAML",
             ],

@@ -5,6 +5,8 @@ budget is latency. LAS_MM_CIFAR10 is a folder with train/CLASS/*.jpg and test/CL
 data/cifar10; LAS_MM_PRETRAINED a checkpoint to start from (docs/latency.md says which).
 """
 
+_base_ = []
+
 import os
 
 data_root = (os.environ.get("LAS_MM_CIFAR10") or "data/cifar10").rstrip("/") + "/"

@@ -5,9 +5,9 @@ of a quarter of the width, small images, AdamW, and the annealing and bounds of 
 (there are no pretrained masks to start from).
 """
 
-import os
-
 _base_ = "./mask_rcnn_lasnet_r101.py"
+
+import os
 
 data_root = (os.environ.get("LAS_MM_COCO") or "data/demo_coco").rstrip("/") + "/"
 scale = (256, 256)

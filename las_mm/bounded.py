@@ -1,4 +1,4 @@
-"""Tables whose keys come from outside, such as the sizes of images, and that must not grow for ever."""
+"""Tables whose keys come from outside, such as sizes of images, and that must not grow for ever."""
 
 from __future__ import annotations
 

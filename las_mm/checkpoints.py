@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+
+from las_mm import compat
 
 # What mmengine's HistoryBuffer registers as its statistics, and so pickles.
 _STATISTICS = ("min", "max", "current", "mean")
@@ -34,8 +35,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     check_file(path)
     try:
-        with torch.serialization.safe_globals(_allowed()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return compat.load_weights(str(path), _allowed())
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise NeedsTrust(f"checkpoint {path} holds objects other than weights") from error

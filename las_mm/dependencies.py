@@ -1,4 +1,4 @@
-"""Says clearly which OpenMMLab package is missing or too old.
+"""Says clearly which package is missing, too old or at odds with another one.
 
 las_mm works with OpenMMLab's own distributions and with the maintained ``onedl-*`` builds: both
 install the same import names, so only import names and versions are looked at here.
@@ -7,14 +7,29 @@ install the same import names, so only import names and versions are looked at h
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 
-# The oldest releases of OpenMMLab's own packages that las_mm is written against.
-MINIMUM = {"mmengine": (0, 10), "mmcv": (2, 0), "mmdet": (3, 0), "mmpretrain": (1, 0)}
+# The oldest releases that las_mm is written against.
+MINIMUM = {
+    "torch": (2, 1),
+    "mmengine": (0, 10),
+    "mmcv": (2, 0),
+    "mmdet": (3, 0),
+    "mmpretrain": (1, 0),
+}
+WORKING = (
+    "torch 2.1.2 with mmengine 0.10.7, mmcv 2.1.0, mmdet 3.3.0 and mmpretrain 1.2.0 works, README "
+    "('Supported versions') lists more"
+)
 
 
 class MissingDependencyError(RuntimeError):
-    """An OpenMMLab package that las_mm needs is absent or too old.
+    """A package that las_mm needs is absent, too old, or refuses another one.
 
     Deliberately no ``ImportError``: mmengine's registry swallows those while it looks for
     ``las_mm.registry`` and would report "LASResNet is not registered" instead of the cause.
@@ -25,6 +40,50 @@ def _version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
+def _version(name: str) -> str | None:
+    """The version of an installed package, read without importing it."""
+    spec = importlib.util.find_spec(name)
+    file = spec and spec.origin and Path(spec.origin).with_name("version.py")
+    if not file or not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    found = re.search(r"""^__version__ = (version\()?['"](.+?)['"]""", text, re.MULTILINE)
+    if not found:
+        return None
+    return metadata.version(found[2]) if found[1] else found[2]  # onedl's ask for their own
+
+
+def _found() -> str:
+    versions = {name: _version(name) for name in MINIMUM}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def check_together() -> None:
+    """Check that torch is recent enough and that what is installed accepts one another.
+
+    Raises:
+        MissingDependencyError: Otherwise; one sentence with the versions found and ones that work.
+    """
+    torch = _version("torch")
+    if torch is None or _version_tuple(torch) < MINIMUM["torch"]:
+        wanted = ".".join(map(str, MINIMUM["torch"]))
+        raise MissingDependencyError(f"las_mm needs torch>={wanted}; found {_found()}; {WORKING}.")
+    for name in ("mmcv", "mmdet"):  # mmpretrain, which takes seconds, when las_mm.models needs it
+        if importlib.util.find_spec(name) is not None:
+            with suppress(ImportError):  # require() tells, when something needs it
+                _import(name)
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except AssertionError as error:  # OpenMMLab's packages assert each other's versions
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise MissingDependencyError(
+            f"{name} refuses another package ({reason}); found {_found()}; {WORKING}."
+        ) from error
+
+
 def require(name: str, purpose: str) -> None:
     """Check that an OpenMMLab package is importable and recent enough.
 
@@ -33,18 +92,18 @@ def require(name: str, purpose: str) -> None:
         purpose: What needs it, as it should stand in the message.
 
     Raises:
-        MissingDependencyError: The package is absent, too old, or fails to import; the message
-            names it and the command that installs it.
+        MissingDependencyError: The package is absent, too old, fails to import or refuses another
+            one; the message names it and the way out.
     """
     minimum = MINIMUM[name]
     wanted = ".".join(map(str, minimum))
     try:
-        module = importlib.import_module(name)
-    except (ImportError, AssertionError) as error:  # mm packages assert each other's versions
+        module = _import(name)
+    except ImportError as error:
         raise MissingDependencyError(
             f"{purpose} needs {name}>={wanted}, which cannot be imported ({error}); install it "
             f"with `pip install '{name}>={wanted}'` or its maintained build "
-            f"(requirements/mm.txt lists the tested pins)."
+            f"(requirements/stacks lists what was tested together)."
         ) from error
     if _version_tuple(module.__version__) < minimum:
         raise MissingDependencyError(

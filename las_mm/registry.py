@@ -4,8 +4,9 @@
 resolves in any mm project without ``custom_imports``.
 """
 
-from las_mm.dependencies import require
+from las_mm.dependencies import check_together, require
 
+check_together()
 require("mmengine", "las_mm")
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402

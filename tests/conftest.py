@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
+
+import needs
 
 ROOT = Path(__file__).resolve().parents[1]
 try:
@@ -35,6 +38,12 @@ def load_tool(name: str):
     return module
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_by_other_files() -> None:
+    """No scope, as in a new process: files run in any order."""
+    DefaultScope._instance_dict.clear()
+
+
 @pytest.fixture(scope="session")
 def demo_coco(tmp_path_factory) -> Path:
     """A folder in COCO's layout: 6 training and 3 validation images of at most 128 pixels."""
@@ -56,6 +65,8 @@ def tiny_config(demo_coco):
     train2017 and evaluates on val2017. An override is a config key, dots allowed:
     ``tiny_config(tmp_path, **{"train_cfg.max_epochs": 4})``.
     """
+    if not needs.HAS_MMDET:
+        pytest.skip(needs.NO_MMDET)
 
     def write(work_dir: Path, **overrides) -> Path:
         from mmengine.config import Config

@@ -14,6 +14,7 @@ from mmengine.config.utils import _get_cfg_metainfo
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+import needs
 from las_mm import preflight
 from las_mm.benchmark.subject import randomize
 from las_mm.models import collect_activations, flops_report, plan, sparse
@@ -46,6 +47,8 @@ def _parsed(name: str) -> Config:
 
 def parsed(name: str) -> Config:
     """A config of the environment below, to change at will: each is read once."""
+    if name.startswith(tuple(RECIPES)) and not needs.HAS_MMDET:
+        pytest.skip(needs.NO_MMDET)
     return deepcopy(_parsed(name))
 
 
@@ -106,6 +109,7 @@ def test_recipe(detector, no_drawing):
     assert not MODELS.build(twin.model).backbone.maskers()
 
 
+@needs.MMDET
 def test_pretrained_weights_freeze_what_they_justify(monkeypatch):
     path = ROOT / "configs" / "mask_rcnn_lasnet_r101.py"
     scratch = Config.fromfile(path).model.backbone
@@ -118,6 +122,7 @@ def test_pretrained_weights_freeze_what_they_justify(monkeypatch):
     assert Config.fromfile(path).model.backbone.init_cfg.checkpoint == "weights.pth"
 
 
+@needs.MMDET
 def test_data_root_defaults(monkeypatch):
     monkeypatch.delenv("LAS_MM_COCO")
     cfg = Config.fromfile(ROOT / "configs" / "mask_rcnn_lasnet_r101.py")
@@ -288,6 +293,7 @@ def config_table():
     return module
 
 
+@needs.MMDET
 def test_table_and_metafile_are_up_to_date(monkeypatch, tmp_path):
     tool = config_table()
     monkeypatch.setattr(tool, "read", lambda path: parsed(str(path.relative_to(ROOT / "configs"))))

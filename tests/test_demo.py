@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import needs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@needs.MMDET
 @pytest.mark.slow
 def test_demo_learns(tmp_path):
     environment = {

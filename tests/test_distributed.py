@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import distributed_worker as worker
+import needs
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 1200  # seconds that a process may take on a busy machine
@@ -89,6 +90,7 @@ def test_same_weights(two_processes, one_process):
     assert moved == 16
 
 
+@needs.MMDET
 def test_dist_train_runs_to_the_end_without_a_gpu(tiny_config, tmp_path):
     config = tiny_config(tmp_path, **{"train_cfg.max_epochs": 1})
     command = ["bash", "tools/dist_train.sh", str(config), "2"]

@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import needs
 from las_mm import losses
 from las_mm.latency import LatencyTable, predict, resnet_shape, tables
 from las_mm.losses import BudgetLoss
@@ -285,6 +286,7 @@ def test_wrong_latency_arguments(kwargs, message):
 # ---- through the config
 
 
+@needs.MMDET
 def test_training_to_latency_through_the_config(tiny_config, tmp_path):
     config = tiny_config(tmp_path, **{"train_cfg.max_epochs": 1, "train_dataloader.num_workers": 0})
     cfg = Config.fromfile(config)

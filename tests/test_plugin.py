@@ -1,5 +1,6 @@
 """The backbone drops into stock models, built from config, by its name alone."""
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
+
+import needs
 
 BACKBONE = dict(type="las_mm.LASResNet", depth=50, base_channels=8, stem_channels=8)
 
@@ -44,6 +47,7 @@ def test_mmpretrain_classifier():
     assert result[0].pred_score.shape == (10,)
 
 
+@needs.MMDET
 def test_mmdet_retinanet():
     init_default_scope("mmdet")
     cfg = Config.fromfile("configs/retinanet_lasnet_r101.py")
@@ -84,3 +88,46 @@ def test_missing_dependency_is_named(monkeypatch):
     monkeypatch.setitem(dependencies.MINIMUM, "mmengine", (99, 0))
     with pytest.raises(dependencies.MissingDependencyError, match="99.0, found 0"):
         dependencies.require("mmengine", "this test")
+
+
+def run_import(folder) -> str:
+    """The last line that ``import las_mm`` prints where ``folder`` hides the real packages."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", "import las_mm"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+def fake_package(folder, name: str, version: str, code: str = "") -> None:
+    package = folder / name
+    package.mkdir()
+    (package / "version.py").write_text(f"__version__ = '{version}'\n")
+    (package / "__init__.py").write_text(f"from .version import __version__\n{code}")
+
+
+def test_packages_that_refuse_one_another_are_named(tmp_path):
+    """As mmdet 3.3.0 refuses mmcv 2.2.0: said at import, not where mmdet is first needed."""
+    fake_package(tmp_path, "mmcv", "2.2.0")
+    check = (
+        "import mmcv\n"
+        "assert mmcv.__version__ < '2.2.0', (\n"
+        "    f'MMCV=={mmcv.__version__} is used but incompatible. '\n"
+        "    'Please install mmcv>=2.0.0rc4, <2.2.0.')\n"
+    )
+    fake_package(tmp_path, "mmdet", "3.3.0", check)
+    line = run_import(tmp_path)
+    assert "MissingDependencyError: mmdet refuses another package (MMCV==2.2.0 is used" in line
+    assert "mmcv 2.2.0, mmdet 3.3.0" in line  # what was found, and what works:
+    assert "torch 2.1.2 with mmengine 0.10.7, mmcv 2.1.0, mmdet 3.3.0" in line
+
+
+def test_old_torch_is_named(tmp_path):
+    fake_package(tmp_path, "torch", "2.0.1+cu117")
+    line = run_import(tmp_path)
+    assert "las_mm needs torch>=2.1; found torch 2.0.1+cu117, mmengine " in line
+    assert "torch 2.1.2 with mmengine 0.10.7" in line

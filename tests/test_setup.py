@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from las_mm import dependencies
 
 ROOT = Path(__file__).resolve().parents[1]
 RECENT = "75 80 86 87 88 89 90 100 110 103 120 121"  # what nvcc 13.0 compiles for
@@ -171,3 +174,20 @@ def test_the_build_says_in_one_line_what_it_makes(setup, monkeypatch, capsys):
     assert not any(source.endswith(".cu") for source in extension.sources)
     ours = [line for line in capsys.readouterr().err.splitlines() if line.startswith("las_mm: ")]
     assert len(ours) == 1 and "for CPU only (FORCE_CUDA=0)" in ours[0]
+
+
+def test_versions_named_are_those_of_the_stacks(setup):
+    """Classifiers, the message about versions that work, and README name what is tested."""
+    stacks = {path.stem: path.read_text() for path in (ROOT / "requirements/stacks").glob("*.txt")}
+    pythons = {re.match(r"# Python (3\.\d+):", text)[1] for text in stacks.values()}
+    assert set(setup.PYTHONS) == pythons
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, text in stacks.items():
+        pins = dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
+        (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+        assert re.match(r"# Python (\S+):", text)[1] in row and pins["torch"] in row
+        for package in pins.keys() - {"torch", "torchvision"}:
+            assert f"{package.removeprefix('onedl-')} {pins[package]}" in row, (name, package)
+        if name == "openmmlab":
+            for package in pins.keys() - {"torchvision"}:
+                assert f"{package} {pins[package]}" in dependencies.WORKING

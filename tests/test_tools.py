@@ -17,6 +17,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+import needs
 from conftest import load_tool
 from las_mm import preflight
 from las_mm.hooks import PredictedLatencyHook
@@ -98,6 +99,7 @@ def test_options_that_do_not_fit(refusal, config):
     assert f"--cfg-options do not fit {config}: " in message
 
 
+@needs.MMDET
 @pytest.mark.parametrize("tool", ["train", "test"])
 def test_missing_data(tool, refusal, monkeypatch, tmp_path):
     monkeypatch.setenv("LAS_MM_COCO", str(tmp_path / "no_coco"))
@@ -190,6 +192,7 @@ def test_auto_scale_lr_without_a_base_batch_size(refusal, config, tmp_path):
 # ---- weights
 
 
+@needs.MMDET
 @pytest.mark.parametrize("damage", ["missing", "no checkpoint"])
 def test_unreadable_initial_weights(damage, refusal, demo_coco, monkeypatch, tmp_path):
     source = tmp_path / "resnet101.pth"
@@ -224,6 +227,7 @@ def test_initial_weights_of_another_architecture(
     assert "1 have another shape, e.g. layer1.0.conv1.weight" in refusal("train", config)
 
 
+@needs.MMDET
 def test_static_initial_weights_with_a_classifier_fit(configure, demo_coco, monkeypatch, tmp_path):
     monkeypatch.setenv("LAS_MM_COCO", str(demo_coco))
     monkeypatch.setenv("LAS_MM_PRETRAINED", str(tmp_path / "weights.pth"))
@@ -418,6 +422,7 @@ def test_errors_are_one_line_and_an_exit_code(arguments, words, config):
     assert "Traceback" not in output
 
 
+@needs.MMDET
 def test_train_then_test(tiny_config, tmp_path):
     config = tiny_config(tmp_path, **{"train_cfg.max_epochs": 1, "train_dataloader.num_workers": 0})
     done = run("tools/train.py", config)
@@ -467,6 +472,7 @@ def cells(text: str, first: str) -> list[str]:
     return [cell.strip() for cell in row.strip("│").split("│")]
 
 
+@needs.MMDET
 def test_predict_latency(say, tmp_path):
     out = tmp_path / "folder" / "prediction.json"
     arguments = [LASNET, "--device", "v100", "--shape", 224, 224, "--rate", 0.5]
@@ -493,6 +499,7 @@ def test_predict_latency(say, tmp_path):
     assert "masker_conv1" not in text  # a level below
 
 
+@needs.MMDET
 def test_predict_latency_with_another_mode_and_granularity(say, tmp_path):
     out = tmp_path / "prediction.json"
     arguments = ["--device", "h100", "--shape", 64, 96, "--batch", 2, "--json", out]
@@ -507,6 +514,7 @@ def test_predict_latency_with_another_mode_and_granularity(say, tmp_path):
     assert "h100: datasheet (from data sheets; L2 and launch estimated" in text
 
 
+@needs.MMDET
 def test_predict_latency_says_which_rates_count(say):
     shape = ["--device", "v100", "--shape", 64, 64, "--rate", 0.4]
     assert "rate 0.4, per image" in say("predict_latency", LASNET, *shape)
@@ -518,6 +526,7 @@ def test_predict_latency_says_which_rates_count(say):
     assert "rate 0.4, no block has a channel rate (--channel-rate is not used)" in text
 
 
+@needs.MMDET
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -548,6 +557,7 @@ def test_latency_tools_need_a_config_with_a_dynamic_backbone(tool, say, tmp_path
     assert "ResNet has no backbone with a latency model" in say(tool, static, *shape)
 
 
+@needs.MMDET
 def test_search_granularity(say, tmp_path):
     pytest.importorskip("matplotlib")
     files = {name: tmp_path / "out" / name for name in ("found.json", "plot.png", "best.py")}
@@ -583,6 +593,7 @@ def test_search_granularity(say, tmp_path):
     assert dynamic == pytest.approx(expected.chosen.latency_s, rel=0.01)
 
 
+@needs.MMDET
 def test_search_granularity_on_several_devices(say, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ["--devices", "v100", "tx2", "orin", "h100", "--shape", 96, 128, "--batch", 2]
@@ -602,6 +613,7 @@ def test_search_granularity_on_several_devices(say, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@needs.MMDET
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -620,6 +632,7 @@ def test_search_granularity_refuses(arguments, words, say):
     assert words in say("search_granularity", LASNET, "--shape", "224", "224", *arguments)
 
 
+@needs.MMDET
 def test_search_granularity_of_static_networks(say):
     twin = ROOT / "configs" / "mask_rcnn_resnet_r101.py"
     text = say("search_granularity", twin, "--device", "v100", "--shape", 64, 64)
@@ -636,6 +649,7 @@ def test_search_granularity_writes_only_what_the_config_has(say, tmp_path):
     assert not (tmp_path / "best.py").exists()
 
 
+@needs.MMDET
 def test_search_granularity_overwrites_only_its_own(say, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("model = dict()\n")

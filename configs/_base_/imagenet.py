@@ -9,12 +9,12 @@ LAS_MM_PRETRAINED  the static network with its classifier, in torchvision's, tim
                    default torchvision's weights
 """
 
-import os
-
 _base_ = [
     "mmpretrain::_base_/datasets/imagenet_bs64.py",
     "mmpretrain::_base_/default_runtime.py",
 ]
+
+import os
 
 las_mm = dict(
     data_root=(os.environ.get("LAS_MM_IMAGENET") or "data/imagenet").rstrip("/") + "/",

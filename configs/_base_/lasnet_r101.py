@@ -6,6 +6,8 @@ LAS_MM_PRETRAINED  initial backbone weights: a file, a URL, or 'none' to start f
 LAS_MM_PRETRAINED_PREFIX  what their keys begin with, such as 'backbone.' in a classifier
 """
 
+_base_ = []
+
 import os
 
 las_mm = dict(

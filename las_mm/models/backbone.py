@@ -9,7 +9,7 @@ from mmengine.model import BaseModule, initialize
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 
-from las_mm import ops
+from las_mm import compat, ops
 from las_mm.bounded import Recent
 from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape
 from las_mm.models import sparse
@@ -61,7 +61,7 @@ class DynamicBackbone(nn.Module):
         dense = self.training or self.runtime == "dense" or not sparse.wanted(x)
         if dense or not self.known_forward():
             return super().forward(x)
-        if torch.compiler.is_compiling() or ops.has_fingerprint(x.device.type):
+        if compat.is_compiling() or ops.has_fingerprint(x.device.type):
             return self._infer(x)
         self._drop_changed()
         with compared_together():
@@ -121,7 +121,7 @@ class DynamicBackbone(nn.Module):
         """
         if self.fast_stem is None or self.runtime == "dense":
             return None
-        if torch.compiler.is_compiling():
+        if compat.is_compiling():
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast_stem
@@ -143,7 +143,7 @@ class DynamicBackbone(nn.Module):
 
     def _checked(self, value: Tensor) -> Tensor:
         """``value``, a packed one; in a compiled program only as long as it is up to date."""
-        if not torch.compiler.is_compiling():
+        if not compat.is_compiling():
             return value
         return checked(value, self, self._snapshot, self._key, 1, self._stem_parts())
 

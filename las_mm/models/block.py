@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from las_mm import ops
+from las_mm import compat, ops
 from las_mm.models import sparse
 from las_mm.models.activation import Activation, work_shares
 from las_mm.models.coverage import in_format, is_channels_last, shadowed
@@ -22,7 +22,6 @@ from las_mm.models.maskers import (
 )
 from las_mm.models.settings import BlockSettings
 from las_mm.models.snapshot import Snapshot, checked, watch
-
 
 _METHODS = ("forward", "_forward", "_decide", "_decide_positions", "_compute", "_gated", "_excite")
 
@@ -163,7 +162,7 @@ class DynamicBlock(nn.Module):
         Raises:
             RuntimeError: Inside ``torch.compile`` or ``torch.export`` before the first call.
         """
-        if torch.compiler.is_compiling():
+        if compat.is_compiling():
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast
@@ -192,7 +191,7 @@ class DynamicBlock(nn.Module):
 
     def checked(self, value: Tensor, x: Tensor) -> Tensor:
         """``value``, a packed one; in a compiled program only as long as it is up to date."""
-        if not torch.compiler.is_compiling():
+        if not compat.is_compiling():
             return value
         return checked(value, self, self._snapshot, self._key, self._positions(x))
 

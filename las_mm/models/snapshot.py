@@ -13,7 +13,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from las_mm import ops
+from las_mm import compat, ops
 from las_mm.ops.library import LIBRARY
 
 _UNPACKED = ("masker", "masker_channel")  # children whose own tensors the sparse path reads
@@ -246,7 +246,7 @@ def _follows(value: Tensor, key: str, positions: int) -> Tensor:
 LIBRARY.impl("follows", _follows, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("las_mm::follows", lib=LIBRARY)
+@compat.register_fake("las_mm::follows", lib=LIBRARY)
 def _follows_fake(value: Tensor, key: str, positions: int) -> Tensor:
     return torch.empty_like(value)
 
@@ -270,7 +270,7 @@ def checked(
         key: See :func:`watch`.
         positions: See :meth:`Snapshot.stale`.
     """
-    if not torch.compiler.is_exporting():
+    if not compat.is_exporting():
         return torch.ops.las_mm.follows(value, key, positions)
     if snapshot.expected is None:
         return value

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
-from las_mm import memory, ops
+from las_mm import compat, memory, ops
 from las_mm.bounded import Recent
 from las_mm.models.activation import Activation, find_dynamic_backbones, work_shares
 from las_mm.models.coverage import (
@@ -65,7 +65,7 @@ def wanted(x: Tensor) -> bool:
         not torch.is_grad_enabled()
         and not _masked_dense
         and ops.supports(x.dtype, x.device.type)
-        and not torch.is_autocast_enabled(x.device.type)
+        and not compat.is_autocast_enabled(x.device.type)
         and not torch.jit.is_tracing()
         and not torch.onnx.is_in_onnx_export()
         and ops.has_kernels(x.device.type)
@@ -277,7 +277,7 @@ class FastBottleneck:
 
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
-        choice = self.choice if torch.compiler.is_compiling() else self.plan(block, x)
+        choice = self.choice if compat.is_compiling() else self.plan(block, x)
         biases = [block.checked(self.biases[0], x), *self.biases[1:]]
         mask = None
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
@@ -299,7 +299,7 @@ class FastBottleneck:
             return self._skip_channels(
                 block, x, mask, rate, rate_dilated, biases, winograd, in_place
             )
-        if not torch.compiler.is_exporting():
+        if not compat.is_exporting():
             block.activation = Activation(rate, rate_dilated, self.one, mask)
         cost, above = choice.winograd_cost, choice.dense_above
         dense = self.dense if above < 1 else None
@@ -352,7 +352,7 @@ class FastBottleneck:
             groups = self.masker_channel(x)
         else:
             groups = ops.channel_mask(x, *self.channel_layers, self.masker_channel.offset)
-        if not torch.compiler.is_exporting():
+        if not compat.is_exporting():
             record = partial(
                 _channel_activation,
                 Activation(rate, rate_dilated, self.one, mask, groups),
@@ -364,7 +364,7 @@ class FastBottleneck:
                 block.channel_granularity,
             )
             # Ten small operations that nobody may ask for.
-            block.activation = record() if torch.compiler.is_compiling() else record
+            block.activation = record() if compat.is_compiling() else record
         granularity = 1 if mask is None else block.granularity
         cost = self.choice.winograd_cost
         tensors = (mask, groups.bool(), self.weights, biases, self.constants, winograd)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 
+from las_mm import compat
 from las_mm.models.block import DynamicBlock
 from las_mm.models.coverage import in_format, is_channels_last, shadowed
 from las_mm.models.snapshot import has_hooks
@@ -70,7 +70,8 @@ class Stream:
         self._channels_last |= fast.channels_last
         self.x = fast(block, self.x, self._mine)
         # A hook inside may have kept the output.
-        self._mine = torch.compiler.is_compiling() or not block.hooked_inside()
+        kept = block.hooked_inside()
+        self._mine = compat.COMPILES_MUTATION if compat.is_compiling() else not kept
 
     def _run_dense(self, module: nn.Module) -> None:
         self.x = module(self.output())

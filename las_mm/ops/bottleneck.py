@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from las_mm.compat import register_fake
 from las_mm.ops.convolution import (
     CHANNELS_LAST,
     check_mask,
@@ -237,10 +238,10 @@ def _fake_(x: Tensor, *arguments) -> None:
 
 LIBRARY.define(f"sparse_bottleneck(Tensor x, {_SCHEMA}) -> Tensor")
 LIBRARY.impl("sparse_bottleneck", _reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::sparse_bottleneck", _fake, lib=LIBRARY)
+register_fake("las_mm::sparse_bottleneck", _fake, lib=LIBRARY)
 LIBRARY.define(f"sparse_bottleneck_(Tensor(a!) x, {_SCHEMA}) -> ()")
 LIBRARY.impl("sparse_bottleneck_", _reference_, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::sparse_bottleneck_", _fake_, lib=LIBRARY)
+register_fake("las_mm::sparse_bottleneck_", _fake_, lib=LIBRARY)
 
 
 def sparse_bottleneck(

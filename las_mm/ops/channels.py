@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from las_mm.compat import register_fake
 from las_mm.ops import bottleneck
 from las_mm.ops.convolution import convolve, empty_map, expand
 from las_mm.ops.library import LIBRARY
@@ -124,10 +125,10 @@ def _fake_(x: Tensor, *arguments) -> None:
 
 LIBRARY.define(f"channel_bottleneck(Tensor x, {_SCHEMA}) -> Tensor")
 LIBRARY.impl("channel_bottleneck", _reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::channel_bottleneck", _fake, lib=LIBRARY)
+register_fake("las_mm::channel_bottleneck", _fake, lib=LIBRARY)
 LIBRARY.define(f"channel_bottleneck_(Tensor(a!) x, {_SCHEMA}) -> ()")
 LIBRARY.impl("channel_bottleneck_", _reference_, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::channel_bottleneck_", _fake_, lib=LIBRARY)
+register_fake("las_mm::channel_bottleneck_", _fake_, lib=LIBRARY)
 
 
 def channel_bottleneck(
@@ -242,7 +243,7 @@ def _channel_mean_fake(x: Tensor) -> Tensor:
 
 LIBRARY.define("channel_mean(Tensor x) -> Tensor")
 LIBRARY.impl("channel_mean", _channel_mean_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::channel_mean", _channel_mean_fake, lib=LIBRARY)
+register_fake("las_mm::channel_mean", _channel_mean_fake, lib=LIBRARY)
 
 
 def channel_mean(x: Tensor) -> Tensor:
@@ -318,7 +319,7 @@ LIBRARY.define(
     "channel_mask(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? offset) -> Tensor"
 )
 LIBRARY.impl("channel_mask", _channel_mask_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::channel_mask", _channel_mask_fake, lib=LIBRARY)
+register_fake("las_mm::channel_mask", _channel_mask_fake, lib=LIBRARY)
 
 
 def channel_mask(

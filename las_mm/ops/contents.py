@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from las_mm import compat
 from las_mm.ops.library import LIBRARY
 
 MANY_POSITIONS = (
@@ -58,7 +59,7 @@ LIBRARY.impl("fingerprint", _fingerprint_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("unchanged", _unchanged_reference, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("las_mm::unchanged", lib=LIBRARY)
+@compat.register_fake("las_mm::unchanged", lib=LIBRARY)
 def _unchanged_fake(
     value: Tensor, sources: Sequence[Tensor], expected: Tensor, positions: int
 ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from las_mm.compat import register_fake
 from las_mm.ops.library import LIBRARY
 from las_mm.ops.masks import (
     MASK_DTYPES,
@@ -143,7 +144,7 @@ LIBRARY.define(
     "-> (Tensor mask, Tensor rates, Tensor hidden)"
 )
 LIBRARY.impl("masker_conv1x1", _masker_conv1x1_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::masker_conv1x1", _masker_conv1x1_fake, lib=LIBRARY)
+register_fake("las_mm::masker_conv1x1", _masker_conv1x1_fake, lib=LIBRARY)
 
 
 def masker_conv1x1(
@@ -239,7 +240,7 @@ LIBRARY.define(
     "int stride, int dilation, int groups) -> Tensor"
 )
 LIBRARY.impl("gather_conv3x3", _gather_conv3x3_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::gather_conv3x3", _gather_conv3x3_fake, lib=LIBRARY)
+register_fake("las_mm::gather_conv3x3", _gather_conv3x3_fake, lib=LIBRARY)
 
 
 def gather_conv3x3(
@@ -312,7 +313,7 @@ LIBRARY.define(
     "int granularity) -> ()"
 )
 LIBRARY.impl("conv1x1_scatter_add_", _conv1x1_scatter_add_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::conv1x1_scatter_add_", _conv1x1_scatter_add_check, lib=LIBRARY)
+register_fake("las_mm::conv1x1_scatter_add_", _conv1x1_scatter_add_check, lib=LIBRARY)
 
 
 def conv1x1_scatter_add_(

@@ -1,4 +1,4 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of the ops: what their masks let through.
+"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of the ops: what masks let through.
 
 Two FLOPs per multiply-accumulate, as torch counts them. Maskers' and channels' means, which are no
 products, count nothing there.
@@ -119,7 +119,7 @@ def _masker_conv1x1(
     **_: Any,
 ) -> int:
     mask, size = out_val[0], [ceil_div(n, strides[0]) for n in x.shape[2:]]
-    _, halo = _positions(mask, x.shape[0], size, granularity, strides[1], dilation)
+    halo = _positions(mask, x.shape[0], size, granularity, strides[1], dilation)[1]
     return _spatial_mask(x, out_val=out_val) + 2 * int(halo.sum()) * x.shape[1] * bias.numel()
 
 
@@ -134,7 +134,7 @@ def _gather_conv3x3(
     groups: int,
     **_: Any,
 ) -> int:
-    kept, _ = _positions(mask, hidden.shape[0], hidden.shape[2:], granularity, stride, dilation)
+    kept = _positions(mask, hidden.shape[0], hidden.shape[2:], granularity, stride, dilation)[0]
     return 2 * int(kept.sum()) * 9 * (hidden.shape[1] // groups) * bias.numel()
 
 
@@ -147,7 +147,7 @@ def _conv1x1_scatter_add(
     granularity: int,
     **_: Any,
 ) -> int:
-    kept, _ = _positions(mask, x.shape[0], x.shape[2:], granularity, 1, 1)
+    kept = _positions(mask, x.shape[0], x.shape[2:], granularity, 1, 1)[0]
     return 2 * int(kept.sum()) * x.shape[1] * bias.numel()
 
 
@@ -170,5 +170,7 @@ def register() -> None:
     from torch.utils import flop_counter
 
     add = getattr(flop_counter, "register_flop_formula", None)
-    for name, formula in FORMULAS.items() if add else ():
+    if add is None:
+        return
+    for name, formula in FORMULAS.items():
         add(getattr(torch.ops.las_mm, name), get_raw=True)(formula)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from las_mm.compat import register_fake
 from las_mm.ops.convolution import CHANNELS_LAST, check_packed, empty_map
 from las_mm.ops.library import LIBRARY
 from las_mm.ops.masks import ceil_div, check_map, check_vector
@@ -39,7 +40,7 @@ def _conv_pool_stem_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 LIBRARY.define("conv_pool_stem(Tensor x, Tensor weight, Tensor bias) -> Tensor")
 LIBRARY.impl("conv_pool_stem", _conv_pool_stem_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::conv_pool_stem", _conv_pool_stem_fake, lib=LIBRARY)
+register_fake("las_mm::conv_pool_stem", _conv_pool_stem_fake, lib=LIBRARY)
 
 
 def conv_pool_stem(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def _to_nchw_fake(x: Tensor) -> Tensor:
 
 LIBRARY.define("to_nchw(Tensor x) -> Tensor")
 LIBRARY.impl("to_nchw", _to_nchw_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::to_nchw", _to_nchw_fake, lib=LIBRARY)
+register_fake("las_mm::to_nchw", _to_nchw_fake, lib=LIBRARY)
 
 
 def to_nchw(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from las_mm.compat import register_fake
 from las_mm.ops.library import LIBRARY
 
 LAYER = 1 << 30
@@ -89,7 +90,7 @@ LIBRARY.define(
     "-> (Tensor halo, Tensor counts)"
 )
 LIBRARY.impl("dilate_mask", _dilate_mask_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::dilate_mask", _dilate_mask_fake, lib=LIBRARY)
+register_fake("las_mm::dilate_mask", _dilate_mask_fake, lib=LIBRARY)
 
 
 def dilate_mask(
@@ -255,7 +256,7 @@ LIBRARY.define(
     "int[2] strides, int dilation) -> (Tensor mask, Tensor rates)"
 )
 LIBRARY.impl("spatial_mask", _spatial_mask_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("las_mm::spatial_mask", _spatial_mask_fake, lib=LIBRARY)
+register_fake("las_mm::spatial_mask", _spatial_mask_fake, lib=LIBRARY)
 
 
 def spatial_mask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from las_mm.compat import register_fake
 from las_mm.ops.library import LIBRARY
 from las_mm.ops.masks import ceil_div, check_dtype
 
@@ -85,7 +86,7 @@ LIBRARY.define("pack_conv(Tensor weight, int groups) -> Tensor")
 LIBRARY.impl("pack_conv", _pack_conv_reference, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("las_mm::pack_conv", lib=LIBRARY)
+@register_fake("las_mm::pack_conv", lib=LIBRARY)
 def _pack_conv_fake(weight: Tensor, groups: int) -> Tensor:
     _pack_conv_check(weight, groups)
     out, depth, height, width = weight.shape

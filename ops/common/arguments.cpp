@@ -5,8 +5,8 @@
 namespace las_mm {
 
 void check_masker(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                  const std::optional<at::Tensor>& offset, int64_t granularity,
-                  at::IntArrayRef strides, int64_t dilation, const std::string& prefix) {
+                  const Optional<at::Tensor>& offset, int64_t granularity, at::IntArrayRef strides,
+                  int64_t dilation, const std::string& prefix) {
   check_map(x, "x");
   const int64_t images = x.size(0), channels = x.size(1);
   TORCH_CHECK_VALUE(weight.numel() == 2 * channels, prefix, "weight must have shape [2, ",
@@ -32,7 +32,7 @@ void check_masker(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 
 int64_t check_channel_masker(const at::Tensor& x, const std::vector<at::Tensor>& weights,
                              const std::vector<at::Tensor>& biases,
-                             const std::optional<at::Tensor>& offset) {
+                             const Optional<at::Tensor>& offset) {
   check_map(x, "x");
   TORCH_CHECK_VALUE(!weights.empty() && weights.size() == biases.size(),
                     "weights and biases must be those of the same linear layers, got ",

@@ -4,21 +4,22 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <string>
 #include <vector>
+
+#include "common/compat.h"
 
 namespace las_mm {
 
 // The masker of las_mm::spatial_mask; its weight and bias are called `prefix` + "weight", "bias".
 void check_masker(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                  const std::optional<at::Tensor>& offset, int64_t granularity,
-                  at::IntArrayRef strides, int64_t dilation, const std::string& prefix);
+                  const Optional<at::Tensor>& offset, int64_t granularity, at::IntArrayRef strides,
+                  int64_t dilation, const std::string& prefix);
 
 // The masker of las_mm::channel_mask; returns the number of its decisions.
 int64_t check_channel_masker(const at::Tensor& x, const std::vector<at::Tensor>& weights,
                              const std::vector<at::Tensor>& biases,
-                             const std::optional<at::Tensor>& offset);
+                             const Optional<at::Tensor>& offset);
 
 // Without those of the masker.
 void check_masker_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);

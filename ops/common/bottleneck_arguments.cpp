@@ -112,7 +112,7 @@ Shape check(const at::Tensor& x, const Arguments& a) {
 }
 
 void check_channels(const at::Tensor& channel_mask,
-                    const std::optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
+                    const Optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
                     const Shape& s) {
   TORCH_CHECK_VALUE(channel_mask.dim() == 2 && channel_mask.size(0) == s.images &&
                         channel_mask.size(1) > 0 && s.hidden % channel_mask.size(1) == 0,

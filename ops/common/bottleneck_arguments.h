@@ -3,8 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <vector>
+
+#include "common/compat.h"
 
 namespace las_mm {
 
@@ -12,16 +13,16 @@ constexpr int kTile = 16;  // values of a transformed 4x4 input of Winograd's F(
 
 // All arguments after x.
 struct Arguments {
-  std::optional<at::Tensor> mask;
+  Optional<at::Tensor> mask;
   std::vector<at::Tensor> weights, biases;
-  std::optional<at::Tensor> winograd, shortcut;
+  Optional<at::Tensor> winograd, shortcut;
   int64_t granularity;
   std::vector<int64_t> strides;
   int64_t dilation, groups;
   double winograd_cost;
-  std::optional<std::vector<at::Tensor>> dense;
+  Optional<std::vector<at::Tensor>> dense;
   double dense_above;
-  std::optional<std::vector<at::Tensor>> excitation;
+  Optional<std::vector<at::Tensor>> excitation;
 };
 
 struct Shape {
@@ -38,7 +39,7 @@ Shape check(const at::Tensor& x, const Arguments& a);
 // The arguments of las_mm::channel_bottleneck that sparse_bottleneck does not have, see
 // las_mm/ops/channels.py.
 void check_channels(const at::Tensor& channel_mask,
-                    const std::optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
+                    const Optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
                     const Shape& s);
 
 // The kernels read weights and biases as plain arrays.

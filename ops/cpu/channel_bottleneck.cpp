@@ -8,7 +8,6 @@
 
 #include <deque>
 #include <numeric>
-#include <optional>
 #include <utility>
 
 #include "cpu/image_groups.h"
@@ -80,7 +79,7 @@ void run_channels(const at::Tensor& x, const Arguments& a, const Shape& all,
 
 struct Call {
   Call(const at::Tensor& x, Arguments arguments, const at::Tensor& channel_mask,
-       std::optional<std::vector<at::Tensor>> channel_constants)
+       Optional<std::vector<at::Tensor>> channel_constants)
       : a(std::move(arguments)), s(check(x, a)) {
     check_channels(channel_mask, channel_constants, x, s);
     TORCH_CHECK_VALUE(!channel_constants || !a.excitation,
@@ -111,19 +110,19 @@ struct Call {
 };
 
 using Tensors = std::vector<at::Tensor>;
-using MaybeTensor = std::optional<at::Tensor>;
+using MaybeTensor = Optional<at::Tensor>;
 
 at::Tensor channel_bottleneck(const at::Tensor& x, const MaybeTensor& mask,
                               const at::Tensor& channel_mask, Tensors weights, Tensors biases,
-                              std::optional<Tensors> constants, const MaybeTensor& winograd,
+                              Optional<Tensors> constants, const MaybeTensor& winograd,
                               const MaybeTensor& shortcut, int64_t granularity,
                               at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                              double winograd_cost, std::optional<Tensors> excitation) {
-  const Call call(x,
-                  {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity,
-                   strides.vec(), dilation, groups, winograd_cost, std::nullopt, 1.0,
-                   std::move(excitation)},
-                  channel_mask, std::move(constants));
+                              double winograd_cost, Optional<Tensors> excitation) {
+  const Call call(
+      x,
+      {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity, strides.vec(),
+       dilation, groups, winograd_cost, nullopt, 1.0, std::move(excitation)},
+      channel_mask, std::move(constants));
   const Shape& s = call.s;
   at::Tensor out = output_map(x, {s.images, s.c_out, s.out_height, s.out_width});
   call.run(out);
@@ -132,17 +131,17 @@ at::Tensor channel_bottleneck(const at::Tensor& x, const MaybeTensor& mask,
 
 void channel_bottleneck_(const at::Tensor& x, const MaybeTensor& mask,
                          const at::Tensor& channel_mask, Tensors weights, Tensors biases,
-                         std::optional<Tensors> constants, const MaybeTensor& winograd,
-                         const MaybeTensor& shortcut, int64_t granularity,
-                         at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                         double winograd_cost, std::optional<Tensors> excitation) {
+                         Optional<Tensors> constants, const MaybeTensor& winograd,
+                         const MaybeTensor& shortcut, int64_t granularity, at::IntArrayRef strides,
+                         int64_t dilation, int64_t groups, double winograd_cost,
+                         Optional<Tensors> excitation) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
-  const Call call(x,
-                  {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity,
-                   strides.vec(), dilation, groups, winograd_cost, std::nullopt, 1.0,
-                   std::move(excitation)},
-                  channel_mask, std::move(constants));
+  const Call call(
+      x,
+      {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity, strides.vec(),
+       dilation, groups, winograd_cost, nullopt, 1.0, std::move(excitation)},
+      channel_mask, std::move(constants));
   call.run(call.input);
   if (!call.input.is_same(x)) x.copy_(call.input);
 }

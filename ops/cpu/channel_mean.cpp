@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <vector>
 
 #include "common/arguments.h"
@@ -72,7 +71,7 @@ void linear(const float* in, int64_t rows, int64_t depth, const float* weight, c
 }
 
 at::Tensor channel_mask(const at::Tensor& x, std::vector<at::Tensor> weights,
-                        std::vector<at::Tensor> biases, const std::optional<at::Tensor>& offset) {
+                        std::vector<at::Tensor> biases, const Optional<at::Tensor>& offset) {
   const int64_t decisions = check_channel_masker(x, weights, biases, offset);
   const int64_t images = x.size(0);
   int64_t widths = x.size(1);

@@ -38,7 +38,7 @@ void conv1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> masker_conv1x1(
     const at::Tensor& x, const at::Tensor& masker_weight, const at::Tensor& masker_bias,
-    const std::optional<at::Tensor>& offset, const at::Tensor& weight, const at::Tensor& bias,
+    const Optional<at::Tensor>& offset, const at::Tensor& weight, const at::Tensor& bias,
     int64_t granularity, at::IntArrayRef strides, int64_t dilation) {
   check_masker_conv1x1(x, weight, bias);
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);

@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include <numeric>
-#include <optional>
 #include <utility>
 
 #include "common/checks.h"
@@ -113,14 +112,14 @@ struct Call {
 };
 
 using Tensors = std::vector<at::Tensor>;
-using MaybeTensor = std::optional<at::Tensor>;
+using MaybeTensor = Optional<at::Tensor>;
 
 at::Tensor sparse_bottleneck(const at::Tensor& x, const MaybeTensor& mask, Tensors weights,
                              Tensors biases, const MaybeTensor& winograd,
                              const MaybeTensor& shortcut, int64_t granularity,
                              at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                             double winograd_cost, std::optional<Tensors> dense,
-                             double dense_above, std::optional<Tensors> excitation) {
+                             double winograd_cost, Optional<Tensors> dense, double dense_above,
+                             Optional<Tensors> excitation) {
   const Call call(x, {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity,
                       strides.vec(), dilation, groups, winograd_cost, std::move(dense),
                       dense_above, std::move(excitation)});
@@ -137,8 +136,8 @@ at::Tensor sparse_bottleneck(const at::Tensor& x, const MaybeTensor& mask, Tenso
 void sparse_bottleneck_(const at::Tensor& x, const MaybeTensor& mask, Tensors weights,
                         Tensors biases, const MaybeTensor& winograd, const MaybeTensor& shortcut,
                         int64_t granularity, at::IntArrayRef strides, int64_t dilation,
-                        int64_t groups, double winograd_cost, std::optional<Tensors> dense,
-                        double dense_above, std::optional<Tensors> excitation) {
+                        int64_t groups, double winograd_cost, Optional<Tensors> dense,
+                        double dense_above, Optional<Tensors> excitation) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
   const Call call(x, {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity,

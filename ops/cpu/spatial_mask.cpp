@@ -72,9 +72,9 @@ void mean_rates(const bool* mask, int64_t images, const MaskGeometry& g, Workspa
 
 std::tuple<at::Tensor, at::Tensor> decide(const at::Tensor& x, const at::Tensor& weight,
                                           const at::Tensor& bias,
-                                          const std::optional<at::Tensor>& offset,
-                                          int64_t granularity, at::IntArrayRef strides,
-                                          int64_t dilation, const std::string& prefix) {
+                                          const Optional<at::Tensor>& offset, int64_t granularity,
+                                          at::IntArrayRef strides, int64_t dilation,
+                                          const std::string& prefix) {
   check_masker(x, weight, bias, offset, granularity, strides, dilation, prefix);
   const int64_t images = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const MaskGeometry g(ceil_div(height, strides[0]), ceil_div(width, strides[0]), strides[1],
@@ -126,7 +126,7 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor> spatial_mask(const at::Tensor& x, const at::Tensor& weight,
                                                 const at::Tensor& bias,
-                                                const std::optional<at::Tensor>& offset,
+                                                const Optional<at::Tensor>& offset,
                                                 int64_t granularity, at::IntArrayRef strides,
                                                 int64_t dilation) {
   return decide(x, weight, bias, offset, granularity, strides, dilation, "");

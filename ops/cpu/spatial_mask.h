@@ -3,9 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <string>
 #include <tuple>
+
+#include "common/compat.h"
 
 namespace las_mm::cpu {
 
@@ -13,8 +14,8 @@ namespace las_mm::cpu {
 // `prefix` + "weight" and "bias".
 std::tuple<at::Tensor, at::Tensor> decide(const at::Tensor& x, const at::Tensor& weight,
                                           const at::Tensor& bias,
-                                          const std::optional<at::Tensor>& offset,
-                                          int64_t granularity, at::IntArrayRef strides,
-                                          int64_t dilation, const std::string& prefix);
+                                          const Optional<at::Tensor>& offset, int64_t granularity,
+                                          at::IntArrayRef strides, int64_t dilation,
+                                          const std::string& prefix);
 
 }  // namespace las_mm::cpu

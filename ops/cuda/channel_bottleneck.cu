@@ -7,11 +7,11 @@
 namespace las_mm::cuda {
 namespace {
 
-using MaybeTensor = std::optional<at::Tensor>;
+using MaybeTensor = Optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 
 Shape check_all(const at::Tensor& x, const Arguments& a, const at::Tensor& channel_mask,
-                const std::optional<Tensors>& constants) {
+                const Optional<Tensors>& constants) {
   const Shape s = check(x, a);
   check_channels(channel_mask, constants, x, s);
   TORCH_CHECK_VALUE(!constants || !a.excitation, "constants must be None with excitation");
@@ -20,7 +20,7 @@ Shape check_all(const at::Tensor& x, const Arguments& a, const at::Tensor& chann
 }
 
 void run(const at::Tensor& x, Arguments a, const Shape& s, const at::Tensor& channel_mask,
-         const std::optional<Tensors>& constants, const at::Tensor& out) {
+         const Optional<Tensors>& constants, const at::Tensor& out) {
   const BottleneckCall call(x, std::move(a), s);
   if (s.images == 0) return;
   const at::Tensor channels = decisions(channel_mask);
@@ -40,13 +40,13 @@ void run(const at::Tensor& x, Arguments a, const Shape& s, const at::Tensor& cha
 
 at::Tensor run_channel_bottleneck(const at::Tensor& x, const MaybeTensor& mask,
                                   const at::Tensor& channel_mask, Tensors weights, Tensors biases,
-                                  std::optional<Tensors> constants, const MaybeTensor& winograd,
+                                  Optional<Tensors> constants, const MaybeTensor& winograd,
                                   const MaybeTensor& shortcut, int64_t granularity,
                                   at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                                  double winograd_cost, std::optional<Tensors> excitation) {
+                                  double winograd_cost, Optional<Tensors> excitation) {
   Arguments a{mask,     std::move(weights), std::move(biases), winograd,
               shortcut, granularity,        strides.vec(),     dilation,
-              groups,   winograd_cost,      std::nullopt,      1.0,
+              groups,   winograd_cost,      nullopt,      1.0,
               std::move(excitation)};
   const Shape s = check_all(x, a, channel_mask, constants);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -57,15 +57,15 @@ at::Tensor run_channel_bottleneck(const at::Tensor& x, const MaybeTensor& mask,
 
 void run_channel_bottleneck_(const at::Tensor& x, const MaybeTensor& mask,
                              const at::Tensor& channel_mask, Tensors weights, Tensors biases,
-                             std::optional<Tensors> constants, const MaybeTensor& winograd,
+                             Optional<Tensors> constants, const MaybeTensor& winograd,
                              const MaybeTensor& shortcut, int64_t granularity,
                              at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                             double winograd_cost, std::optional<Tensors> excitation) {
+                             double winograd_cost, Optional<Tensors> excitation) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
   Arguments a{mask,     std::move(weights), std::move(biases), winograd,
               shortcut, granularity,        strides.vec(),     dilation,
-              groups,   winograd_cost,      std::nullopt,      1.0,
+              groups,   winograd_cost,      nullopt,      1.0,
               std::move(excitation)};
   const Shape s = check_all(x, a, channel_mask, constants);
   const c10::cuda::CUDAGuard guard(x.device());

@@ -13,10 +13,9 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <optional>
-#include <string>
 #include <vector>
 
+#include "common/compat.h"
 #include "cuda/channel_sequences.cuh"
 #include "cuda/platform.cuh"
 #include "cuda/sequences.cuh"
@@ -47,17 +46,6 @@ __global__ void __launch_bounds__(Kernel::kThreads, min_blocks<Kernel>())
     entry(const typename Kernel::Params params) {
   Kernel::run(params);
 }
-
-// Whether float32 convolutions may be TF32. Newer versions of PyTorch keep a setting per kind of
-// operation and raise when asked for one of all kinds that differ.
-template <class Operation>
-bool allows_tf32(bool (at::Context::*ask)(std::optional<Operation>) const) {
-  return (at::globalContext().*ask)(Operation::CONV);
-}
-inline bool allows_tf32(bool (at::Context::*ask)(const std::string&) const) {
-  return (at::globalContext().*ask)("conv");
-}
-inline bool allows_tf32(bool (at::Context::*ask)() const) { return (at::globalContext().*ask)(); }
 
 class Device {
  public:
@@ -152,7 +140,7 @@ Global<T> output(const at::Tensor& x) {
   return {static_cast<T*>(x.mutable_data_ptr())};
 }
 template <typename T>
-Global<const T> optional_input(const std::optional<at::Tensor>& x) {
+Global<const T> optional_input(const Optional<at::Tensor>& x) {
   return x ? input<T>(*x) : Global<const T>{};
 }
 

@@ -8,11 +8,10 @@ namespace las_mm::cuda {
 // The masker's parameters, contiguous, and its results, still to be computed.
 struct Decision {
   Decision(const at::Tensor& x, const at::Tensor& weight_, const at::Tensor& bias_,
-           const std::optional<at::Tensor>& offset_, int64_t granularity, at::IntArrayRef strides,
+           const Optional<at::Tensor>& offset_, int64_t granularity, at::IntArrayRef strides,
            int64_t dilation)
       : geometry(mask_geometry(x.size(0), ceil_div(x.size(2), strides[0]),
-                               ceil_div(x.size(3), strides[0]), strides[1], dilation,
-                               granularity)),
+                               ceil_div(x.size(3), strides[0]), strides[1], dilation, granularity)),
         weight(weight_.contiguous()),
         bias(bias_.contiguous()),
         mask(at::empty({x.size(0), 1, geometry.rows, geometry.columns},
@@ -31,7 +30,7 @@ struct Decision {
 
   const MaskGeometry geometry;
   const at::Tensor weight, bias, mask, rates;
-  std::optional<at::Tensor> offset;
+  Optional<at::Tensor> offset;
 };
 
 }  // namespace las_mm::cuda

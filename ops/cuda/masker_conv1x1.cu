@@ -13,7 +13,7 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> run_masker_conv1x1(
     const at::Tensor& x, const at::Tensor& masker_weight, const at::Tensor& masker_bias,
-    const std::optional<at::Tensor>& offset, const at::Tensor& weight, const at::Tensor& bias,
+    const Optional<at::Tensor>& offset, const at::Tensor& weight, const at::Tensor& bias,
     int64_t granularity, at::IntArrayRef strides, int64_t dilation) {
   check_masker_conv1x1(x, weight, bias);
   check_masker(x, masker_weight, masker_bias, offset, granularity, strides, dilation, "masker_");

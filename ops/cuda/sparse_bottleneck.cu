@@ -7,7 +7,7 @@
 namespace las_mm::cuda {
 namespace {
 
-using MaybeTensor = std::optional<at::Tensor>;
+using MaybeTensor = Optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 
 void run(const at::Tensor& x, Arguments a, const Shape& s, const at::Tensor& out) {
@@ -23,8 +23,8 @@ at::Tensor run_sparse_bottleneck(const at::Tensor& x, const MaybeTensor& mask, T
                              Tensors biases, const MaybeTensor& winograd,
                              const MaybeTensor& shortcut, int64_t granularity,
                              at::IntArrayRef strides, int64_t dilation, int64_t groups,
-                             double winograd_cost, std::optional<Tensors> dense,
-                             double dense_above, std::optional<Tensors> excitation) {
+                             double winograd_cost, Optional<Tensors> dense,
+                             double dense_above, Optional<Tensors> excitation) {
   Arguments a{mask,     std::move(weights), std::move(biases), winograd,
               shortcut, granularity,        strides.vec(),     dilation,
               groups,   winograd_cost,      std::move(dense),  dense_above,
@@ -40,8 +40,8 @@ at::Tensor run_sparse_bottleneck(const at::Tensor& x, const MaybeTensor& mask, T
 void run_sparse_bottleneck_(const at::Tensor& x, const MaybeTensor& mask, Tensors weights,
                         Tensors biases, const MaybeTensor& winograd, const MaybeTensor& shortcut,
                         int64_t granularity, at::IntArrayRef strides, int64_t dilation,
-                        int64_t groups, double winograd_cost, std::optional<Tensors> dense,
-                        double dense_above, std::optional<Tensors> excitation) {
+                        int64_t groups, double winograd_cost, Optional<Tensors> dense,
+                        double dense_above, Optional<Tensors> excitation) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
   Arguments a{mask,     std::move(weights), std::move(biases), winograd,

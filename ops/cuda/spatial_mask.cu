@@ -13,7 +13,7 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor> run_spatial_mask(const at::Tensor& x, const at::Tensor& weight,
                                                 const at::Tensor& bias,
-                                                const std::optional<at::Tensor>& offset,
+                                                const Optional<at::Tensor>& offset,
                                                 int64_t granularity, at::IntArrayRef strides,
                                                 int64_t dilation) {
   check_masker(x, weight, bias, offset, granularity, strides, dilation, "");

@@ -14,6 +14,7 @@ from mmengine.structures import InstanceData
 from mmpretrain.structures import DataSample
 from torch import nn
 
+import needs
 from las_mm.hooks import BudgetHook
 from las_mm.models import DynamicBottleneck, SpatialMasker, collect_activations, maskers
 from las_mm.models.flops import flops_report
@@ -111,7 +112,10 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(params=[classifier, retinanet], ids=["classifier", "retinanet"])
+@pytest.fixture(
+    params=[classifier, pytest.param(retinanet, marks=needs.MMDET)],
+    ids=["classifier", "retinanet"],
+)
 def model(request) -> nn.Module:
     return request.param()
 

@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.runner import Runner
 
+import needs
 from las_mm.hooks import PredictedLatencyHook
 from las_mm.hooks import latency as latency_module
 from las_mm.latency import NetworkShape, network_report, paper_report, resnet_shape
@@ -181,6 +182,7 @@ def test_images_that_fill_up_the_last_round_are_not_counted(backbone, monkeypatc
     assert counts == [2, 1]
 
 
+@needs.MMDET
 def test_logs_of_training_and_validation(tiny_config, tmp_path):
     config = tiny_config(tmp_path, **{"train_cfg.max_epochs": 1, "train_dataloader.num_workers": 0})
     cfg = Config.fromfile(config)

@@ -1,4 +1,4 @@
-"""The sparse path computes what the modules say, or does not run: whatever anybody puts into a network."""
+"""The sparse path computes what the modules say, or does not run, whatever is put into a network."""
 
 import types
 from contextlib import contextmanager

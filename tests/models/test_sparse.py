@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import las_mm
+import needs
 from las_mm import ops
 from las_mm.models import DynamicBottleneck, LASResNet, collect_activations, plan, sparse
 
@@ -690,7 +691,7 @@ def dynamo():
 
 @pytest.mark.parametrize("name", ["mixed", "avg_down"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compile(dynamo, calls, backend, name):
+def test_compile(dynamo, backend, name):
     net, x = las_mm.prepare(make(**CONFIGS[name])), images(2, 64, 70)
     expected, activation = run(net, x)
     compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=False)
@@ -703,6 +704,7 @@ def test_compile(dynamo, calls, backend, name):
     assert_same_activations(collect_activations(net), activation)
 
 
+@needs.RAISE
 @pytest.mark.parametrize("deep_stem", [False, True])
 def test_compile_needs_prepare(dynamo, deep_stem):
     net = make(deep_stem=deep_stem)
@@ -711,6 +713,7 @@ def test_compile_needs_prepare(dynamo, deep_stem):
         compiled(images(64, 64))
 
 
+@needs.EXPORT
 def test_export_needs_prepare(dynamo):
     with pytest.raises(RuntimeError, match="las_mm.prepare"), torch.no_grad():
         torch.export.export(make(), (images(64, 64),))
@@ -725,6 +728,7 @@ with torch.no_grad():
 """
 
 
+@needs.EXPORT
 def test_exported_program_runs_elsewhere(dynamo, tmp_path):
     net, x = las_mm.prepare(make(**CONFIGS["mixed"])), images(2, 64, 70)
     expected, activation = run(net, x)

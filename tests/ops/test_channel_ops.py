@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import needs
 from las_mm import ops
 from las_mm.ops import masks
 
@@ -352,6 +353,7 @@ OPCHECKED = {
 }
 
 
+@needs.OPCHECK
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_opcheck(name):
     case = OPCHECKED[name]
@@ -363,6 +365,7 @@ def test_opcheck(name):
     torch.library.opcheck(library.channel_mask.default, (case.block.x, *layers, torch.randn(1, 4)))
 
 
+@needs.OPCHECK
 def test_opcheck_downsampled():
     block = cases.Block(2, (7, 9), (8, 8, 24), strides=(1, 2), downsample=True)
     case = ChannelBlock(block, 4, ("0.6", "none"), True)

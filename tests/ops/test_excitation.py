@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import needs
+
 from . import cases
 from .cases import Untouched, assert_close, for_all, same_bits
 from .test_channel_ops import KINDS, ChannelBlock
@@ -144,6 +146,7 @@ def test_what_does_not_go_together(implementation):
         call("channel_bottleneck", BLOCK.x, *constants.arguments)
 
 
+@needs.OPCHECK
 @pytest.mark.parametrize("case", [CASE, CHANNELS], ids=["sparse", "channels"])
 def test_opcheck(case):
     for name in (case.name, f"{case.name}_"):

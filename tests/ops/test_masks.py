@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import needs
 from las_mm import ops
 from las_mm.models import maskers
 from las_mm.ops import library, masks
@@ -161,6 +162,7 @@ def test_errors_name_the_argument(implementation, named, changes):
         implementation(**arguments)
 
 
+@needs.OPCHECK
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("stride, dilation", [(1, 2), (2, 1)])
 def test_opcheck(stride, dilation, requires_grad):
@@ -170,6 +172,7 @@ def test_opcheck(stride, dilation, requires_grad):
     assert not halo.requires_grad and not counts.requires_grad
 
 
+@needs.ONE_DYNAMIC_GRAPH
 def test_compile_sees_one_graph_for_all_sizes():
     graphs = []
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import needs
 from las_mm import ops
 from las_mm.ops import packing
 
@@ -128,6 +129,7 @@ def test_errors_name_the_argument(pack, weight, arguments, named):
         pack(weight, *arguments)
 
 
+@needs.OPCHECK
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape, groups", [((5, 3, 3, 3), 1), ((72, 1, 3, 3), 72), ((70, 8, 1, 1), 2)]

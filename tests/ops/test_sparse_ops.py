@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
+import needs
 from las_mm import ops
 
 from . import cases
@@ -527,22 +528,26 @@ def opcheck(name, *arguments):
     torch.library.opcheck(getattr(torch.ops.las_mm, name).default, arguments)
 
 
+@needs.OPCHECK
 @parametrize({**BLOCKS, **{f"downsampled {k}": b for k, b in DOWNSAMPLED.items()}})
 def test_opcheck_bottleneck(block):
     opcheck("sparse_bottleneck", block.x, *block.arguments)
 
 
+@needs.OPCHECK
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @parametrize({name: BLOCKS[name] for name in ("float32", "dense", "dense without mask")})
 def test_opcheck_has_no_gradient(block):
     opcheck("sparse_bottleneck", block.x.clone().requires_grad_(), *block.arguments)
 
 
+@needs.OPCHECK
 @parametrize(BLOCKS)
 def test_opcheck_bottleneck_in_place(block):
     opcheck("sparse_bottleneck_", block.x.clone(), *block.arguments)
 
 
+@needs.OPCHECK
 @parametrize({"float32": BLOCKS["float32"], "bfloat16": BLOCKS["bfloat16"], **DOWNSAMPLED})
 def test_opcheck_masker_conv1x1(block):
     offset = "broadcast" if block.downsample else "none"
@@ -551,6 +556,7 @@ def test_opcheck_masker_conv1x1(block):
     opcheck("masker_conv1x1", block.x, *masker, block.weights[0], block.biases[0], *geometry)
 
 
+@needs.OPCHECK
 @parametrize({name: BLOCKS[name] for name in ("float32", "bfloat16", "slice")})
 def test_opcheck_gather_and_scatter(block):
     hidden = block.features(block.channels[1], block.size, block.layout)
@@ -562,6 +568,7 @@ def test_opcheck_gather_and_scatter(block):
     )
 
 
+@needs.OPCHECK
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_stem(dtype):
     kernel = torch.randn(8, 3, 7, 7).to(dtype)
@@ -642,15 +649,24 @@ def test_instruction_set_that_the_cpu_lacks(level):
     assert run.returncode != 0 and "LAS_MM_CPU_ISA" in run.stderr
 
 
+NCHW = pytest.mark.parametrize("shape", [(0, 3, 2, 2), (1, 1, 1, 1), (2, 17, 9, 15), (3, 64, 8, 8)])
+
+
+@needs.OPCHECK
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (1, 1, 1, 1), (2, 17, 9, 15), (3, 64, 8, 8)])
+@NCHW
+def test_opcheck_to_nchw(shape, dtype):
+    opcheck("to_nchw", torch.randn(shape).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@NCHW
 def test_to_nchw(shape, dtype):
     x = torch.randn(shape).to(dtype)
     for source in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
         out = torch.ops.las_mm.to_nchw(source)
         assert out.is_contiguous() and out.data_ptr() != source.data_ptr() or not x.numel()
         torch.testing.assert_close(out, source, rtol=0, atol=0)
-    torch.library.opcheck(torch.ops.las_mm.to_nchw.default, (x,))
     with pytest.raises(ValueError, match="x must have shape"):
         torch.ops.las_mm.to_nchw(torch.zeros(2, 2, 2))
 

@@ -1,0 +1,29 @@
+"""Marks of tests that need what not every stack has; each skip says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+TORCH = f"torch {torch.__version__}"
+NO_MMDET = "mmdet is not installed"
+HAS_MMDET = importlib.util.find_spec("mmdet") is not None
+_recent = hasattr(torch.compiler, "is_exporting")  # torch 2.7
+
+MMDET = pytest.mark.skipif(not HAS_MMDET, reason=NO_MMDET)
+OPCHECK = pytest.mark.skipif(
+    not hasattr(torch.library, "opcheck"), reason=f"{TORCH} has no torch.library.opcheck"
+)
+RAISE = pytest.mark.skipif(
+    not _recent, reason=f"{TORCH}: torch.compile drops the message of what a traced function raises"
+)
+EXPORT = pytest.mark.skipif(
+    not _recent,
+    reason=f"{TORCH}: torch.export takes no module that sets an attribute, or that holds tensors "
+    "besides parameters and buffers",
+)
+ONE_DYNAMIC_GRAPH = pytest.mark.skipif(
+    not _recent, reason=f"{TORCH}: torch.compile(dynamic=True) specialises the first size"
+)
