@@ -1,4 +1,4 @@
-"""The sparse path computes what the modules say, or does not run, whatever is put into a network."""
+"""The sparse path computes what the modules say, or does not run, whatever anyone puts in there."""
 
 import types
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ def make(mode="spatial", cls=LASResNet, **kwargs):
     torch.manual_seed(0)
     if cls is LASRegNet:
         arch = dict(w0=16, wa=16, wm=2.0, group_w=8, depth=6, bot_mul=1.0, se_ratio=0.25)
-        net = LASRegNet(arch, out_indices=(0, 1), **MODES[mode], **kwargs)
+        net = LASRegNet(arch, out_indices=(0, 1, 2, 3), **MODES[mode], **kwargs)
     else:
         small = dict(SMALL, granularity=(4, 2))
         net = LASResNet(50, **{**small, **MODES[mode], **kwargs})
