@@ -110,3 +110,32 @@ def require(name: str, purpose: str) -> None:
             f"{purpose} needs {name}>={wanted}, found {module.__version__}; upgrade it with "
             f"`pip install -U '{name}>={wanted}'`."
         )
+
+
+def require_mmpretrain_models(purpose: str) -> None:
+    """Check that ``mmpretrain.models`` can be imported, which transformers may prevent.
+
+    With pycocotools and transformers installed mmpretrain imports its multimodal models, whatever is
+    asked of it; written for transformers 4, they raise a TypeError with version 5.
+
+    Args:
+        purpose: What needs it, as it should stand in the message.
+
+    Raises:
+        MissingDependencyError: It cannot; the message names transformers where that is installed.
+    """
+    require("mmpretrain", purpose)
+    try:
+        importlib.import_module("mmpretrain.models")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        beside = ""
+        with suppress(metadata.PackageNotFoundError):
+            beside = (
+                f" beside transformers {metadata.version('transformers')}, which it then imports "
+                "(`pip install 'transformers<5'` helps where that is why)"
+            )
+        raise MissingDependencyError(
+            f"{purpose} needs mmpretrain.models, which cannot be imported{beside}: {reason}; found "
+            f"{_found()}; {WORKING}."
+        ) from error

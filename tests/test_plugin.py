@@ -90,11 +90,11 @@ def test_missing_dependency_is_named(monkeypatch):
         dependencies.require("mmengine", "this test")
 
 
-def run_import(folder) -> str:
-    """The last line that ``import las_mm`` prints where ``folder`` hides the real packages."""
+def run_import(folder, module: str = "las_mm") -> str:
+    """The last line that importing a module prints where ``folder`` hides the real packages."""
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-c", "import las_mm"],
+        [sys.executable, "-c", f"import {module}"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -131,3 +131,14 @@ def test_old_torch_is_named(tmp_path):
     line = run_import(tmp_path)
     assert "las_mm needs torch>=2.1; found torch 2.0.1+cu117, mmengine " in line
     assert "torch 2.1.2 with mmengine 0.10.7" in line
+
+
+def test_a_transformers_that_mmpretrain_cannot_use_is_named(tmp_path):
+    pytest.importorskip("pycocotools", reason="without it mmpretrain leaves transformers alone")
+    fake_package(tmp_path, "transformers", "5.17.0")  # has none of the names of version 4
+    info = tmp_path / "transformers-5.17.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.17.0\n")
+    line = run_import(tmp_path, "las_mm.models")
+    assert "needs mmpretrain.models, which cannot be imported beside transformers 5.17.0" in line
+    assert "pip install 'transformers<5'" in line

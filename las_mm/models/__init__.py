@@ -1,9 +1,9 @@
 """Backbones and their parts. Importing this module registers the models."""
 
-from las_mm.dependencies import require
+from las_mm.dependencies import require, require_mmpretrain_models
 
 require("mmcv", "las_mm.models")
-require("mmpretrain", "las_mm.models (LASResNet extends mmpretrain's ResNet)")
+require_mmpretrain_models("las_mm.models (LASResNet extends mmpretrain's ResNet)")
 
 from las_mm.models.activation import (  # noqa: E402
     Activation,
