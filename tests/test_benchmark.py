@@ -354,7 +354,7 @@ def test_engines_that_cannot_run_are_named(benchmark, refusal, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "rate", "words"),
     [
-        (("--shape", 1, 4, 64, 64), ("--rate", 0.5), "[1, 4, 64, 64]"),
+        (("--shape", 1, 3, 0, 64), ("--rate", 0.5), "[1, 3, 0, 64]"),
         ((), ("--rate", 0.5, 1.5), "1.5"),
         ((), (), "--rate"),
         (("--masks", "model"), (), "--checkpoint"),

@@ -69,7 +69,7 @@ def test_quiet(model, capsys):
 
 
 def test_errors(model):
-    with pytest.raises(ValueError, match=r"image must be .* got \(1, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"image must have the 3 channels .* got \(1, 4, 8, 8\)"):
         las_mm.explain(model, torch.randn(1, 4, 8, 8))
     with pytest.raises(ValueError, match="float64"):
         las_mm.explain(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))

@@ -54,6 +54,7 @@ class DynamicBackbone(nn.Module):
     _key: str | None = None
     _input_hw: tuple[int, int] | None = None
     _shapes: Recent | None = None
+    _known = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(N, C, H, W) -> the feature maps of ``out_indices``; any H and W."""
@@ -69,7 +70,9 @@ class DynamicBackbone(nn.Module):
 
     def known_forward(self) -> bool:
         """Whether nobody has put another ``forward`` between this class and the static backbone."""
-        return super().forward.__func__ is type(self).static_forward
+        if not compat.is_compiling():  # which does not see that two functions are one
+            self._known = super().forward.__func__ is type(self).static_forward
+        return self._known
 
     def _infer(
         self, x: Tensor, observe: Callable[[nn.Module], None] | None = None
@@ -109,6 +112,7 @@ class DynamicBackbone(nn.Module):
 
     def prepare(self) -> None:
         """Fold and pack all weights for inference; see :func:`las_mm.models.sparse.prepare`."""
+        self.known_forward()
         self._prepare_stem()
         for block in self.blocks():
             block.prepare()

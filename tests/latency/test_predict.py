@@ -212,9 +212,9 @@ def test_configs_without_a_dynamic_backbone():
         predict("gone.py", "v100", (64, 64), rates=0.5)
 
 
-@pytest.mark.parametrize("shape", [(64,), (1, 4, 64, 64), (0, 3, 64, 64), (64, 64.0), (64, -1)])
+@pytest.mark.parametrize("shape", [(64,), (0, 3, 64, 64), (64, 64.0), (64, -1)])
 def test_wrong_input_shapes(shape):
-    with pytest.raises(ValueError, match=r"\(N, 3, H, W\), or \(H, W\)"):
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\), or \(H, W\)"):
         predict(backbone(), "v100", shape, rates=0.5)
 
 
