@@ -23,6 +23,7 @@ is_compiling: Callable[[], bool] = getattr(
 # Whether it is torch.export, which forbids to leave anything in a module. Before torch 2.7 nobody
 # can tell them apart, so under torch.compile nothing is left either: activations stay as they were.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
+TELLS_EXPORT = hasattr(torch.compiler, "is_exporting")
 # Whether torch.compile takes custom ops that write to an argument.
 COMPILES_MUTATION = hasattr(torch.library, "register_fake")
 
@@ -35,6 +36,20 @@ def register_fake(name: str, kernel: Callable | None = None, *, lib: torch.libra
         return functools.partial(register_fake, name, lib=lib)
     lib.impl(name, kernel, "Meta")
     return kernel
+
+
+def register_flop_formula(op: Any, formula: Callable) -> None:
+    """Let ``FlopCounterMode`` count ``op`` by ``formula(*args, **kwargs, out_val=out)``.
+
+    Without effect before torch 2.2, which counts no other operations than its own.
+    """
+    from torch.utils import flop_counter
+
+    register = getattr(flop_counter, "register_flop_formula", None)
+    if register is not None:
+        register(op, get_raw=True)(formula)
+        # Before torch 2.5 that names overloads, of which the counter does not ask.
+        flop_counter.flop_registry.setdefault(op, formula)
 
 
 def is_autocast_enabled(device_type: str) -> bool:

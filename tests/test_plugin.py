@@ -135,7 +135,9 @@ def test_old_torch_is_named(tmp_path):
 
 def test_a_transformers_that_mmpretrain_cannot_use_is_named(tmp_path):
     pytest.importorskip("pycocotools", reason="without it mmpretrain leaves transformers alone")
-    fake_package(tmp_path, "transformers", "5.17.0")  # has none of the names of version 4
+    # None of the names of version 4 but the one that torch 2.1 asks for.
+    fake_package(tmp_path, "transformers", "5.17.0", "from . import configuration_utils\n")
+    (tmp_path / "transformers/configuration_utils.py").write_text("class PretrainedConfig: pass\n")
     info = tmp_path / "transformers-5.17.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.17.0\n")

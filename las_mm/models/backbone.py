@@ -16,7 +16,7 @@ from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.arguments import dilations_of_blocks
 from las_mm.models.block import DynamicBlock
-from las_mm.models.coverage import is_channels_last
+from las_mm.models.coverage import is_channels_last, shadowed
 from las_mm.models.initialization import split
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
@@ -54,7 +54,7 @@ class DynamicBackbone(nn.Module):
     _key: str | None = None
     _input_hw: tuple[int, int] | None = None
     _shapes: Recent | None = None
-    _known = True
+    _known = _known_stages = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(N, C, H, W) -> the feature maps of ``out_indices``; any H and W."""
@@ -70,8 +70,9 @@ class DynamicBackbone(nn.Module):
 
     def known_forward(self) -> bool:
         """Whether nobody has put another ``forward`` between this class and the static backbone."""
-        if not compat.is_compiling():  # which does not see that two functions are one
-            self._known = super().forward.__func__ is type(self).static_forward
+        if compat.is_compiling():  # which does not see that two functions are one
+            return self._known and self._known_stages
+        self._known = super().forward.__func__ is type(self).static_forward
         return self._known
 
     def _infer(
@@ -113,6 +114,10 @@ class DynamicBackbone(nn.Module):
     def prepare(self) -> None:
         """Fold and pack all weights for inference; see :func:`las_mm.models.sparse.prepare`."""
         self.known_forward()
+        stages = [module for name in self.res_layers for module in getattr(self, name).modules()]
+        self._known_stages = all(
+            shadowed(m) is None for m in stages if isinstance(m, nn.Sequential)
+        )
         self._prepare_stem()
         for block in self.blocks():
             block.prepare()

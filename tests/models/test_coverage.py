@@ -351,6 +351,19 @@ def test_plain_modules_inside_a_stage(channels_last):
     assert len(collect_activations(net).rates) == 7
 
 
+def test_a_stage_with_a_forward_of_its_own_compiles():
+    torch._dynamo.reset()
+    net, x = make(), images(2, 40, 48)
+    before = run(net, x)
+    cls = type(net.layer2)
+    net.layer2.forward = types.MethodType(lambda self, x: cls.forward(self, x) * 2, net.layer2)
+    compiled = torch.compile(las_mm.prepare(net), backend="eager")
+    actual = run(compiled, x)
+    assert_close(actual, run_masked_dense(net, x))
+    assert_close(actual[:1], before[:1])
+    assert (actual[1] - before[1]).abs().max() > 1e-3
+
+
 def test_a_stage_of_an_unknown_kind():
     class Stage(nn.Module):
         def __init__(self, stage):

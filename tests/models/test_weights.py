@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import las_mm
+import needs
 from las_mm import ops
 from las_mm.models import LASResNet, plan, sparse
 
@@ -357,6 +358,7 @@ def test_copies_are_watched_on_their_own(dynamo):
         outputs(compiled, x)
 
 
+@needs.EXPORT
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_program_raises_with_other_weights(dynamo, strict):
     net, x = las_mm.prepare(make(**TINY)), images(32, 32)

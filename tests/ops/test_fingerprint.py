@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import needs
 from las_mm import ops
 from las_mm.ops import contents as module
 
@@ -126,6 +127,7 @@ def test_unchanged_draws_every_part():
 
 
 @needs_native
+@needs.OPCHECK
 def test_opcheck():
     sources = [values(9000)]
     expected = torch.tensor(ops.fingerprints(sources))
