@@ -6,7 +6,7 @@ products, count nothing there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ def _conv1x1_scatter_add(
     return 2 * int(kept.sum()) * x.shape[1] * bias.numel()
 
 
-FORMULAS = {
+FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_bottleneck": _bottleneck,
     "sparse_bottleneck_": _bottleneck,
     "channel_bottleneck": _channel_bottleneck,
