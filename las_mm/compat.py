@@ -23,6 +23,13 @@ is_compiling: Callable[[], bool] = getattr(
 # Whether it is torch.export, which forbids to leave anything in a module. Before torch 2.7 nobody
 # can tell them apart, so under torch.compile nothing is left either: activations stay as they were.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
+# Whether torch.compile looks at what a module holds: reads its ``__dict__`` and compiles anew when
+# its attributes change. If not (torch 2.1), a program is out of date for good once weights change,
+# and runs the blocks of a stage whose own ``forward`` was replaced on the instance as if it had not.
+COMPILE_SEES_MODULES = hasattr(torch.compiler, "is_compiling")
+# Whether torch.export takes these networks: what they hold besides parameters and buffers, and that
+# they set attributes of their own.
+EXPORTS = hasattr(torch.compiler, "is_exporting")
 # Whether torch.compile takes custom ops that write to an argument.
 COMPILES_MUTATION = hasattr(torch.library, "register_fake")
 
@@ -35,6 +42,18 @@ def register_fake(name: str, kernel: Callable | None = None, *, lib: torch.libra
         return functools.partial(register_fake, name, lib=lib)
     lib.impl(name, kernel, "Meta")
     return kernel
+
+
+def register_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Tell ``FlopCounterMode`` what ``op`` computes; torch 2.1 knows only formulas of shapes.
+
+    Not with torch's own ``register_flop_formula``, which before 2.5 takes the overloads of custom
+    ops and then looks for the ops.
+    """
+    from torch.utils import flop_counter
+
+    if hasattr(flop_counter, "flop_registry"):
+        flop_counter.flop_registry[op] = formula
 
 
 def is_autocast_enabled(device_type: str) -> bool:

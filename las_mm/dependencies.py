@@ -115,8 +115,8 @@ def require(name: str, purpose: str) -> None:
 def require_mmpretrain_models(purpose: str) -> None:
     """Check that ``mmpretrain.models`` can be imported, which transformers may prevent.
 
-    With pycocotools and transformers installed mmpretrain imports its multimodal models, whatever is
-    asked of it; written for transformers 4, they raise a TypeError with version 5.
+    With pycocotools and transformers installed mmpretrain imports its multimodal models, whatever
+    is asked of it; written for transformers 4, they raise a TypeError with version 5.
 
     Args:
         purpose: What needs it, as it should stand in the message.
@@ -124,9 +124,11 @@ def require_mmpretrain_models(purpose: str) -> None:
     Raises:
         MissingDependencyError: It cannot; the message names transformers where that is installed.
     """
-    require("mmpretrain", purpose)
     try:
+        require("mmpretrain", purpose)
         importlib.import_module("mmpretrain.models")
+    except MissingDependencyError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         beside = ""

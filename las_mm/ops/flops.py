@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from las_mm import compat
 from las_mm.ops.maps import STEM_KERNEL
 from las_mm.ops.masks import ceil_div, dilate_mask
 
@@ -166,11 +167,6 @@ FORMULAS = {
 
 
 def register() -> None:
-    """Tell torch how to count, where its version asks (from 2.2 on)."""
-    from torch.utils import flop_counter
-
-    add = getattr(flop_counter, "register_flop_formula", None)
-    if add is None:
-        return
+    """Tell torch how to count, where its version asks."""
     for name, formula in FORMULAS.items():
-        add(getattr(torch.ops.las_mm, name), get_raw=True)(formula)
+        compat.register_flops(getattr(torch.ops.las_mm, name), formula)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import needs
 from las_mm import ops
 from las_mm.ops import contents as module
 
@@ -125,6 +126,7 @@ def test_unchanged_draws_every_part():
     assert 10 < found < 120  # one of four parts
 
 
+@needs.OPCHECK
 @needs_native
 def test_opcheck():
     sources = [values(9000)]
