@@ -23,7 +23,13 @@ is_compiling: Callable[[], bool] = getattr(
 # Whether it is torch.export, which forbids to leave anything in a module. Before torch 2.7 nobody
 # can tell them apart, so under torch.compile nothing is left either: activations stay as they were.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
-TELLS_EXPORT = hasattr(torch.compiler, "is_exporting")
+# Whether torch.compile looks at what a module holds: reads its ``__dict__`` and compiles anew when
+# its attributes change. If not (torch 2.1), a program is out of date for good once weights change,
+# and runs the blocks of a stage whose own ``forward`` was replaced on the instance as if it had not.
+COMPILE_SEES_MODULES = hasattr(torch.compiler, "is_compiling")
+# Whether torch.export takes these networks: what they hold besides parameters and buffers, and that
+# they set attributes of their own.
+EXPORTS = hasattr(torch.compiler, "is_exporting")
 # Whether torch.compile takes custom ops that write to an argument.
 COMPILES_MUTATION = hasattr(torch.library, "register_fake")
 
@@ -38,18 +44,16 @@ def register_fake(name: str, kernel: Callable | None = None, *, lib: torch.libra
     return kernel
 
 
-def register_flop_formula(op: Any, formula: Callable) -> None:
-    """Let ``FlopCounterMode`` count ``op`` by ``formula(*args, **kwargs, out_val=out)``.
+def register_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Tell ``FlopCounterMode`` what ``op`` computes; torch 2.1 knows only formulas of shapes.
 
-    Without effect before torch 2.2, which counts no other operations than its own.
+    Not with torch's own ``register_flop_formula``, which before 2.5 takes the overloads of custom
+    ops and then looks for the ops.
     """
     from torch.utils import flop_counter
 
-    register = getattr(flop_counter, "register_flop_formula", None)
-    if register is not None:
-        register(op, get_raw=True)(formula)
-        # Before torch 2.5 that names overloads, of which the counter does not ask.
-        flop_counter.flop_registry.setdefault(op, formula)
+    if hasattr(flop_counter, "flop_registry"):
+        flop_counter.flop_registry[op] = formula
 
 
 def is_autocast_enabled(device_type: str) -> bool:

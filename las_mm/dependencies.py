@@ -124,9 +124,11 @@ def require_mmpretrain_models(purpose: str) -> None:
     Raises:
         MissingDependencyError: It cannot; the message names transformers where that is installed.
     """
-    require("mmpretrain", purpose)
     try:
+        require("mmpretrain", purpose)
         importlib.import_module("mmpretrain.models")
+    except MissingDependencyError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         beside = ""

@@ -12,7 +12,9 @@ from las_mm import fileio
 
 HOMELESS = """
 import os
+os.environ["XDG_CACHE_HOME"] = os.environ["TMPDIR"]  # mmengine's yapf needs one to be imported
 from las_mm.fileio import cache_folder
+del os.environ["XDG_CACHE_HOME"]
 print(cache_folder())
 print(cache_folder())
 """

@@ -140,7 +140,7 @@ class DynamicBackbone(nn.Module):
             except sparse.Unsupported:
                 self._fast_stem = None
             self._snapshot = Snapshot(self, self._stem_parts(), self._fast_stem is not None)
-            self._key = self._key or watch(self)
+            self._key = watch(self, self._key)
         return None if self._snapshot.hooked() else self._fast_stem
 
     def stale(self, positions: int | None = None) -> bool:

@@ -177,7 +177,7 @@ class DynamicBlock(nn.Module):
                 self._fast = None
                 self.no_fast_form = str(reason)
             self._snapshot = Snapshot(self, packed=self._fast is not None)
-            self._key = self._key or watch(self)
+            self._key = watch(self, self._key)
         return None if self._snapshot.hooked() else self._fast
 
     def stale(self, positions: int | None = None) -> bool:

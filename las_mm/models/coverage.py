@@ -89,7 +89,10 @@ def check_class(module: nn.Module, what: str) -> None:
 
 def shadowed(module: nn.Module, names: Iterable[str] = ("forward",)) -> str | None:
     """A method among ``names`` that was replaced on this very instance."""
-    return next((n for n in names if n in module.__dict__ and callable(module.__dict__[n])), None)
+    for name in names:  # no generator: torch 2.4 cannot compile one
+        if name in module.__dict__ and callable(module.__dict__[name]):
+            return name
+    return None
 
 
 def check_plain(module: nn.Module, what: str, *types: type) -> None:

@@ -218,12 +218,22 @@ def has_hooks(module: nn.Module) -> bool:
 
 # In a compiled program ---------------------------------------------------------------------------
 
+AGAIN = "again" if compat.COMPILE_SEES_MODULES else "and torch.compile again"
 _keys = itertools.count()
 _watched: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
 
-def watch(module: nn.Module) -> str:
-    """A key of ``module``, whose ``stale(positions)`` compiled programs ask by it."""
+def watch(module: nn.Module, key: str | None = None) -> str:
+    """A key of ``module``, whose ``stale(positions)`` compiled programs ask by it.
+
+    Args:
+        module: A module whose weights have just been packed.
+        key: The one it had; kept where compiled programs take the new weights by themselves.
+    """
+    if key is not None:
+        if compat.COMPILE_SEES_MODULES:
+            return key
+        _watched.pop(key, None)
     key = str(next(_keys))
     _watched[key] = module
     return key
@@ -238,7 +248,7 @@ def _follows(value: Tensor, key: str, positions: int) -> Tensor:
     if stale is None or stale(positions):
         raise RuntimeError(
             "the model's weights or modules have changed since they were packed, and what "
-            "torch.compile made does not follow by itself: call las_mm.prepare(model) again"
+            f"torch.compile made does not follow by itself: call las_mm.prepare(model) {AGAIN}"
         )
     return value.clone()
 
@@ -270,7 +280,7 @@ def checked(
         key: See :func:`watch`.
         positions: See :meth:`Snapshot.stale`.
     """
-    if not (compat.TELLS_EXPORT and compat.is_exporting()):
+    if not (compat.EXPORTS and compat.is_exporting()):
         return torch.ops.las_mm.follows(value, key, positions)
     if snapshot.expected is None:
         return value

@@ -50,8 +50,8 @@ class Stream:
         self._run(module)
 
     def _run(self, module: nn.Module) -> None:
-        # Nobody has replaced a stage's forward in a compiled program: see known_forward().
-        known = not has_hooks(module) and (compat.is_compiling() or shadowed(module) is None)
+        hidden = compat.is_compiling() and not compat.COMPILE_SEES_MODULES
+        known = not has_hooks(module) and (hidden or shadowed(module) is None)
         if known and isinstance(module, DynamicBlock):
             self._run_block(module)
         elif known and type(module) in (ResLayer, nn.Sequential):

@@ -167,6 +167,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def register() -> None:
-    """Tell torch how to count the ops."""
+    """Tell torch how to count, where its version asks."""
     for name, formula in FORMULAS.items():
-        compat.register_flop_formula(getattr(torch.ops.las_mm, name), formula)
+        compat.register_flops(getattr(torch.ops.las_mm, name), formula)

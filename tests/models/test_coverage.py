@@ -8,8 +8,10 @@ import torch
 import torch.multiprocessing
 from mmcv.cnn import fuse_conv_bn
 from torch import nn
+from torch.utils import flop_counter
 
 import las_mm
+import needs
 from las_mm import ops
 from las_mm.bounded import Recent
 from las_mm.latency.shapes import PoolShape
@@ -589,14 +591,12 @@ def test_images_of_other_channels(channels):
         las_mm.latency.predict(net, "v100", (1, 3, 40, 48), rates=0.5)
 
 
+@needs.FLOPS
 @pytest.mark.parametrize(
     "mode, cls",
     [(mode, LASResNet) for mode in MODES] + [("both", LASRegNet), ("spatial", LASRegNet)],
 )
 def test_flop_counter(mode, cls):
-    flop_counter = pytest.importorskip("torch.utils.flop_counter")
-    if not hasattr(flop_counter, "register_flop_formula"):
-        pytest.skip("this torch has no flop_counter.register_flop_formula (from 2.2 on)")
     net, x = make(mode, cls), images(3, 40, 48)
     run(net, x)
     with torch.no_grad(), flop_counter.FlopCounterMode(display=False) as counter:

@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import las_mm
 import needs
-from las_mm import ops
+from las_mm import compat, ops
 from las_mm.models import LASResNet, plan, sparse
 
 pytestmark = pytest.mark.skipif(
@@ -325,9 +325,15 @@ def test_compiled_network_follows_or_raises(dynamo, backend):
         with pytest.raises(RuntimeError, match=CHANGED):
             outputs(compiled, x)
         las_mm.prepare(net)
+        if not compat.COMPILE_SEES_MODULES:
+            with pytest.raises(RuntimeError, match="and torch.compile again"):
+                outputs(compiled, x)
+            torch._dynamo.reset()
+            compiled = torch.compile(net, backend=backend, fullgraph=True)
         torch.testing.assert_close(outputs(compiled, x), dense_outputs(net, x))
 
 
+@needs.ONE_COMPILATION
 def test_a_new_preparation_compiles_nothing_anew(dynamo):
     net, x, compilations = las_mm.prepare(make(**TINY)), images(32, 32), []
 

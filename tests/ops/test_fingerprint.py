@@ -126,6 +126,7 @@ def test_unchanged_draws_every_part():
     assert 10 < found < 120  # one of four parts
 
 
+@needs.OPCHECK
 @needs_native
 @needs.OPCHECK
 def test_opcheck():
