@@ -24,8 +24,7 @@ is_compiling: Callable[[], bool] = getattr(
 # can tell them apart, so under torch.compile nothing is left either: activations stay as they were.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_compiling)
 # Whether torch.compile looks at what a module holds: reads its ``__dict__`` and compiles anew when
-# its attributes change. If not (torch 2.1), a program is out of date for good once weights change,
-# and runs the blocks of a stage whose own ``forward`` was replaced on the instance as if it had not.
+# its attributes change. If not (torch 2.1), a program is out of date for good once weights change.
 COMPILE_SEES_MODULES = hasattr(torch.compiler, "is_compiling")
 # Whether torch.export takes these networks: what they hold besides parameters and buffers, and that
 # they set attributes of their own.
