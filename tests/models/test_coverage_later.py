@@ -1,0 +1,214 @@
+"""What is changed after the sparse path ran, on one module or on all of them, is heard."""
+
+import functools
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.utils.prune
+from test_coverage import (
+    assert_close,
+    check,
+    images,
+    make,
+    no_measuring,  # noqa: F401 (a fixture)
+    reasons,
+    run,
+    run_masked_dense,
+)
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+import las_mm
+from las_mm import ops
+from las_mm.models import sparse
+from las_mm.models.maskers import SpatialMasker
+from las_mm.models.snapshot import Snapshot
+
+pytestmark = pytest.mark.skipif(
+    not ops.has_kernels("cpu"),
+    reason="NATIVE OPS NOT BUILT: run `pip install -e . --no-build-isolation`",
+)
+
+
+def dilate(net):
+    net.layer2[1].conv2.dilation = net.layer2[1].conv2.padding = (2, 2)
+
+
+def pad_with(conv):
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [conv.padding[0]] * 4
+
+
+def patch_conv(conv):
+    """As tricks do that make pictures tile."""
+    conv._conv_forward = functools.partial(type(conv)._conv_forward, conv)
+    conv._conv_forward = lambda x, w, b, forward=conv._conv_forward: forward(x, w * 1.5, b)
+
+
+def untracked(net):
+    """A weight that is a plain attribute, and written to."""
+    conv = net.layer2[1].conv2
+    weight = conv.weight.detach().clone()
+    del conv.weight
+    conv.weight = weight
+    check(net)
+    conv.weight.mul_(1.5)
+
+
+def grown(net):
+    """A child in a place that was empty."""
+    net.layer2[1].downsample = nn.Identity()
+    net.layer2[1].downsample = None
+    check(net)
+    net.layer2[1].downsample = nn.Sequential(nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)).eval()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda net: setattr(net.layer2[1].bn2, "eps", 1.0), None),
+        (lambda net: setattr(net.bn1, "eps", 1.0), None),
+        (dilate, "conv2 has padding"),
+        (lambda net: pad_with(net.layer2[1].conv2), "padding_mode circular"),
+        (lambda net: pad_with(net.conv1), None),
+        (lambda net: patch_conv(net.layer2[1].conv2), "conv2 had its _conv_forward replaced"),
+        (lambda net: patch_conv(net.conv1), None),
+        (lambda net: setattr(net.maxpool, "ceil_mode", True), None),
+        (lambda net: setattr(net.maxpool, "padding", 0), None),
+        (untracked, "neither a parameter nor a buffer"),
+        (grown, None),
+    ],
+)
+def test_settings_of_layers(change, reason):
+    net = make()
+    before = check(net)
+    change(net)
+    resized = run_masked_dense(net, images(2, 40, 48))[0].shape != before[0].shape
+    check(net, same_as=None if resized else before)
+    assert reason is None and not reasons(net) or any(reason in said for said in reasons(net))
+
+
+@pytest.mark.parametrize("name", ["logits", "decide", "hard"])
+@pytest.mark.parametrize("mode", ["spatial", "channel", "both"])
+def test_methods_of_maskers(mode, name):
+    net = make(mode)
+    before = check(net)
+    for masker in net.maskers():
+        method = getattr(masker, name)
+        # Decisions are turned round, or one more than wanted is told.
+        change = (lambda out: 1 - out) if name != "logits" else (lambda out: -out)
+        setattr(masker, name, lambda *args, f=method, change=change: change(f(*args)))
+    check(net, same_as=before)
+    assert all(f"had its {name} replaced" in said for said in reasons(net))
+
+
+@pytest.mark.parametrize(
+    "cls, name",
+    [
+        (nn.Conv2d, "forward"),
+        (nn.Conv2d, "_conv_forward"),
+        (nn.ReLU, "forward"),
+        (nn.MaxPool2d, "forward"),
+        (_BatchNorm, "forward"),
+        (nn.Sequential, "forward"),
+        (nn.Module, "__call__"),
+        (SpatialMasker, "logits"),
+    ],
+)
+def test_classes_patched_after_import(monkeypatch, cls, name):
+    net = make()
+    before, method = check(net), getattr(cls, name)
+
+    def changed(self, *args, **kwargs):
+        out = method(self, *args, **kwargs)
+        return out * -1.5 if isinstance(out, torch.Tensor) else out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, name, changed)
+        check(net, same_as=before)
+        with pytest.raises(ValueError, match=rf"\.{name} has been replaced"):
+            las_mm.explain(net, images(40, 48)[0], quiet=True)
+    assert_close(check(net), before)
+
+
+@pytest.mark.parametrize("before_it", [False, True])
+def test_hooks_of_every_module(before_it):
+    net = make()
+    before = check(net)
+    if before_it:
+        hook = register_module_forward_pre_hook(
+            lambda module, args: (args[0] * 1.5,) if isinstance(module, nn.Conv2d) else None
+        )
+    else:
+        hook = register_module_forward_hook(
+            lambda module, _, out: out * 1.5 if isinstance(module, nn.Conv2d) else None
+        )
+    try:
+        check(net, same_as=before)
+    finally:
+        hook.remove()
+    assert_close(check(net), before)
+
+
+def test_pruned_weights():
+    net = make()
+    before = check(net)
+    torch.nn.utils.prune.l1_unstructured(net.layer2[1].conv2, "weight", 0.9)
+    check(net, same_as=before)
+    torch.nn.utils.prune.remove(net.layer2[1].conv2, "weight")
+    check(net, same_as=before)
+    assert not reasons(net)
+
+
+@pytest.mark.parametrize("mode", ["static", "both"])
+def test_forward_mode_differentiation(mode):
+    net, x = make(mode), images(2, 40, 48)
+    with torch.no_grad():
+        net(x)
+        _, tangents = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+        with sparse.masked_dense():
+            _, expected = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+        assert_close(tangents, expected)
+        with forward_ad.dual_level():
+            out = net(forward_ad.make_dual(x, torch.ones_like(x)))[1]
+            assert_close([forward_ad.unpack_dual(out).tangent], expected[1:])
+    assert expected[1].abs().max() > 0
+
+
+def test_vmap():
+    net, x = make("static"), images(2, 40, 48)
+    expected = run(net, x)
+    with torch.no_grad():
+        actual = torch.func.vmap(lambda image: tuple(out[0] for out in net(image[None])))(x)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mode", ["spatial", "both"])
+def test_tensors_without_contents(mode):
+    net, x = make(mode), images(2, 40, 48)
+    shapes = [out.shape for out in run(net, x)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert [out.shape for out in run(net, fake.from_tensor(x))] == shapes
+    check(net, x)
+    assert [out.shape for out in run(net.to("meta"), x.to("meta"))] == shapes
+
+
+def test_nothing_is_packed_again_without_need(monkeypatch):
+    made = []
+    original = Snapshot.__init__
+    net = make("both")
+    check(net)
+    monkeypatch.setattr(
+        Snapshot, "__init__", lambda self, *args, **kw: (made.append(self), original(self, *args))
+    )
+    for masker in net.maskers():
+        masker.temperature, masker.offset = 0.5, None
+    for size in (40, 48), (64, 64):
+        run(net, images(*size))
+        run_masked_dense(net, images(*size))
+    assert not made
