@@ -217,7 +217,8 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
         geometry = geometries[block]
         activation = block.activation
         rate = float(activation.rate)
-        x = image.new_empty((image.shape[0], block.in_channels, geometry.h_in, geometry.w_in))
+        size = block.input_hw or (geometry.h_in, geometry.w_in)
+        x = image.new_empty((image.shape[0], block.in_channels, *size))
         choice, decided_by, predicted = _choice(block, x, rate)
         rows.append(
             BlockReport(

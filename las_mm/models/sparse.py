@@ -279,7 +279,11 @@ class FastBottleneck:
 
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
-        choice = self.choice if compat.is_compiling() else self.plan(block, x)
+        if compat.is_compiling():
+            choice = self.choice
+        else:
+            choice = self.plan(block, x)
+            block.input_hw = (x.shape[-2], x.shape[-1])
         biases = [block.checked(self.biases[0], x), *self.biases[1:]]
         mask = None
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.utils.prune
+from mmcv.cnn import fuse_conv_bn
 from test_coverage import (
     assert_close,
     check,
@@ -26,7 +27,8 @@ from torch.nn.modules.module import (
 
 import las_mm
 from las_mm import ops
-from las_mm.models import sparse
+from las_mm.models import collect_activations, sparse
+from las_mm.models.flops import flops_report
 from las_mm.models.maskers import SpatialMasker
 from las_mm.models.snapshot import Snapshot
 
@@ -212,3 +214,81 @@ def test_nothing_is_packed_again_without_need(monkeypatch):
         run(net, images(*size))
         run_masked_dense(net, images(*size))
     assert not made
+
+
+# What the network says of itself -----------------------------------------------------------------
+
+
+def small_images(net):
+    net.conv1, net.maxpool = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change, stem, size",
+    [
+        (lambda net: None, ["stem.conv1", "stem.maxpool"], (10, 12)),
+        (small_images, ["stem.conv1"], (40, 48)),
+        (lambda net: setattr(net, "maxpool", nn.Sequential()), ["stem.conv1"], (20, 24)),
+        (
+            lambda net: setattr(net, "maxpool", nn.AvgPool2d(2)),
+            ["stem.conv1", "stem.pool"],
+            (10, 12),
+        ),
+        (
+            lambda net: setattr(net.maxpool, "padding", 0),
+            ["stem.conv1", "stem.maxpool"],
+            (9, 11),
+        ),
+        (
+            lambda net: setattr(
+                net, "conv1", nn.Sequential(nn.Conv2d(3, 4, 1), nn.PReLU(), nn.Conv2d(4, 8, 5))
+            ),
+            ["stem.conv1", "stem.conv2", "stem.maxpool"],
+            (18, 22),
+        ),
+    ],
+)
+@pytest.mark.parametrize("runtime", ["auto", "dense"])
+def test_the_shape_of_another_stem(change, stem, size, runtime):
+    net = make("both")
+    net.runtime = runtime
+    check(net)
+    assert collect_activations(net).shape.blocks[0].h_in == 10
+    change(net)
+    check(net)
+    shape = collect_activations(net).shape
+    assert [part.name for part in shape.stem] == stem
+    first = net.blocks()[0]
+    assert (shape.blocks[0].h_in, shape.blocks[0].w_in) == first.input_hw == size
+    assert first.activation.mask.shape[2:] == tuple(-(-n // first.granularity) for n in size)
+    assert flops_report(collect_activations(net)).dynamic > 0
+
+
+def test_a_stem_that_nobody_can_describe():
+    net = make()
+    for part in (nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv2d(8, 8, (3, 1)), nn.Upsample(None, 2)):
+        net.maxpool = part
+        check(net)
+        with pytest.raises(ValueError, match=f"the stem's {type(part).__name__}.* is no module"):
+            collect_activations(net)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_module_that_changes_sizes_between_blocks(training):
+    net = make("channel").train(training)
+    net.layer1.append(nn.AvgPool2d(2))
+    x = images(2, 40, 48)
+    net(x) if training else check(net, x)
+    with pytest.raises(RuntimeError, match=r"layer2\.0 got features of 5x6, .* make 10x12"):
+        collect_activations(net)
+
+
+def test_a_deep_stem_is_described_after_fusing():
+    net = make(deep_stem=True)
+    before = net.network_shape((40, 48))
+    assert [part.name for part in before.stem][-2:] == ["stem.conv3", "stem.maxpool"]
+    fuse_conv_bn(net)
+    assert net.network_shape((40, 48)) == before
+    net.stem = nn.Conv2d(3, 8, 4, 4)
+    run(net, images(1, 40, 48))
+    assert collect_activations(net).shape.stem[0].kernel == 4
