@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from las_mm.models import sparse
 from las_mm.models.activation import find_dynamic_backbone
 from las_mm.models.bottleneck import DynamicBottleneck
+from las_mm.models.coverage import obstacle
 
 _ROUNDS = 7
 
@@ -166,10 +167,12 @@ def explain(
     try:
         with torch.inference_mode():
             if not sparse.wanted(image):
+                why = obstacle(image)
                 raise ValueError(
                     "the fast form does not run here: las_mm.explain needs a float32 or bfloat16 "
                     "(on a GPU also float16) image, the native ops for its device, and no "
                     f"autocast or masked_dense() around it, got {image.dtype} on {image.device}"
+                    + ("" if why is None else f"; {why}")
                 )
             return _explain(backbone, image, quiet)
     finally:
@@ -214,7 +217,8 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
         geometry = geometries[block]
         activation = block.activation
         rate = float(activation.rate)
-        x = image.new_empty((image.shape[0], block.in_channels, geometry.h_in, geometry.w_in))
+        size = block.input_hw or (geometry.h_in, geometry.w_in)
+        x = image.new_empty((image.shape[0], block.in_channels, *size))
         choice, decided_by, predicted = _choice(block, x, rate)
         rows.append(
             BlockReport(

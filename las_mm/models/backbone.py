@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from las_mm import compat, ops
 from las_mm.bounded import Recent
-from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape
+from las_mm.latency.shapes import BlockShape, NetworkShape
 from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.arguments import dilations_of_blocks
@@ -53,12 +53,14 @@ class DynamicBackbone(nn.Module):
     _snapshot: Snapshot | None = None
     _key: str | None = None
     _input_hw: tuple[int, int] | None = None
+    _saw_sizes = False  # whether the blocks noted the sizes of their inputs in the last forward
     _shapes: Recent | None = None
     _known = _known_stages = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(N, C, H, W) -> the feature maps of ``out_indices``; any H and W."""
         self._input_hw = (x.shape[-2], x.shape[-1])
+        self._saw_sizes = not compat.is_compiling()
         dense = self.training or self.runtime == "dense" or not sparse.wanted(x)
         if dense or not self.known_forward():
             return super().forward(x)
@@ -252,18 +254,23 @@ class DynamicBackbone(nn.Module):
         return [masker for block in self.blocks() for masker in block.maskers()]
 
     def network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
-        """Every operator's shape for an input of ``input_hw`` (height, width)."""
+        """Every operator's shape for an input of ``input_hw`` (height, width).
+
+        Raises:
+            ValueError: A part of the stem was replaced by one whose shape nobody knows.
+        """
         hw = (int(input_hw[0]), int(input_hw[1]))
         if self._shapes is None:
             self._shapes = Recent(64)
         blocks = tuple(block.geometry() for block in self.blocks())
-        return self._shapes.get((hw, blocks), lambda: self._network_shape(hw))
+        stem = tuple(repr(getattr(self, name)) for name in self._stem_parts())
+        return self._shapes.get((hw, blocks, stem), lambda: self._network_shape(hw))
 
     def network_activation(self) -> NetworkActivation:
         """What the blocks did in the last forward pass.
 
         Raises:
-            RuntimeError: No forward pass yet.
+            RuntimeError: No forward pass yet, or a module between the blocks changed sizes.
         """
         activations = [block.activation for block in self.blocks()]
         if self._input_hw is None or None in activations:
@@ -271,7 +278,17 @@ class DynamicBackbone(nn.Module):
                 f"{type(self).__name__} has no activations before its first forward pass; run it "
                 "on an input"
             )
-        return NetworkActivation.of(self.network_shape(self._input_hw), activations)
+        shape = self.network_shape(self._input_hw)
+        for block, known in zip(self.blocks() if self._saw_sizes else (), shape.blocks):
+            seen = block.input_hw
+            if seen is not None and (int(seen[0]), int(seen[1])) != (known.h_in, known.w_in):
+                raise RuntimeError(
+                    f"{known.name} got features of {int(seen[0])}x{int(seen[1])}, but the stem and "
+                    f"the blocks before it make {known.h_in}x{known.w_in}: a module between them "
+                    "changes the size, so that FLOPs and latency cannot be told; use the strides "
+                    "of the stages instead"
+                )
+        return NetworkActivation.of(shape, activations)
 
     def init_weights(self) -> None:
         """The parent's initialisation; maskers start "mostly on", loaded weights come last.
@@ -309,25 +326,6 @@ class DynamicBackbone(nn.Module):
             for block in self.blocks_of(name):
                 for masker in block.maskers():
                     masker.requires_grad_(True).train(self.training)
-
-
-def half_size(hw: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns after a padded layer of stride 2."""
-    return -(-hw[0] // 2), -(-hw[1] // 2)
-
-
-def conv_shape(name: str, conv: nn.Conv2d, out_hw: tuple[int, int]) -> ConvShape:
-    """The shape of a square convolution with an output of ``out_hw``."""
-    return ConvShape(
-        name=name,
-        c_in=conv.in_channels,
-        c_out=conv.out_channels,
-        kernel=conv.kernel_size[0],
-        stride=conv.stride[0],
-        groups=conv.groups,
-        h_out=out_hw[0],
-        w_out=out_hw[1],
-    )
 
 
 def block_shapes(

@@ -42,10 +42,12 @@ class DynamicBlock(nn.Module):
         masker: Decides about patches or the whole block; ``None`` in other modes.
         masker_channel: Decides about channels; ``None`` in other modes.
         activation: What the last forward pass did; ``None`` before the first.
+        input_hw: Rows and columns of its last input, but for those in compiled programs.
         no_fast_form: Why the block runs masked-dense; ``None`` if it does not.
     """
 
     runtime = "auto"
+    input_hw: tuple[int, int] | None = None
 
     def make_dynamic(self, settings: BlockSettings) -> None:
         """Give the block the maskers of ``settings``; those it had are dropped.
@@ -262,6 +264,8 @@ class DynamicBlock(nn.Module):
         return self.relu(norm(out * channels))
 
     def _forward(self, x: Tensor) -> Tensor:
+        if not compat.is_compiling():
+            self.input_hw = (x.shape[-2], x.shape[-1])
         mask = channels = None
         if self.masker is None and self.masker_channel is None:
             self.activation = Activation.full(x)

@@ -12,7 +12,12 @@ import inspect
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+from mmcv.cnn.bricks import DropPath
+from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as all_modules
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from las_mm import ops
@@ -47,6 +52,26 @@ _NOT_COMPUTING = {
 }
 _MACHINERY = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 _known: dict[type, Mapping[str, object]] = {}
+# Classes of others that the ops stand for, beside those that are registered.
+_FOREIGN = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.Identity,
+    nn.Sequential,
+    ResLayer,
+    DropPath,
+)
+# (class, name, value) of what computes, as it was on import.
+_trusted: list[tuple[type, str, object]] = [
+    (cls, name, getattr(cls, name))
+    for cls in _FOREIGN
+    for name in ("forward", "_conv_forward", "__iter__", *_MACHINERY)
+    if hasattr(cls, name)
+]
 
 
 class Unsupported(Exception):
@@ -63,7 +88,26 @@ def register(cls: type) -> type:
         if name not in _NOT_COMPUTING
     }
     _known[cls] = {name: inspect.getattr_static(cls, name, None) for name in (*names, *_MACHINERY)}
+    for name in _known[cls]:
+        value = getattr(cls, name)
+        if callable(value) or isinstance(value, property):
+            _trusted.append((cls, name, value))
     return cls
+
+
+def obstacle(x: Tensor) -> str | None:
+    """Why no module at all may run on the sparse path for ``x`` now; ``None``: nothing is known."""
+    # This runs for every image, so no static look-ups.
+    for cls, name, value in _trusted:
+        if getattr(cls, name, None) is not value:
+            return f"{cls.__name__}.{name} has been replaced"
+    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
+        return "there are forward hooks for every module"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "torch.func or forward-mode differentiation is at work"
+    if isinstance(x, FakeTensor):
+        return "fake tensors have no contents"
+    return None
 
 
 def check_class(module: nn.Module, what: str) -> None:
@@ -83,8 +127,16 @@ def check_class(module: nn.Module, what: str) -> None:
     for name, value in _known[base].items():
         if inspect.getattr_static(cls, name, None) is not value:
             raise Unsupported(f"{what} is a {cls.__name__}, which has a {name} of its own")
-    if name := shadowed(module, _known[base]):
-        raise Unsupported(f"{what} had its {name} replaced")
+    _check_instance(module, what)
+
+
+def _check_instance(module: nn.Module, what: str) -> None:
+    """Nothing was put over what the class of ``module`` has, or where torch does not count it."""
+    for name, value in module.__dict__.items():
+        if callable(value) and hasattr(type(module), name) and name != "_compiled_call_impl":
+            raise Unsupported(f"{what} had its {name} replaced")
+        if isinstance(value, Tensor) and name != "offset":
+            raise Unsupported(f"{what} has a {name} that is neither a parameter nor a buffer")
 
 
 def shadowed(module: nn.Module, names: Iterable[str] = ("forward",)) -> str | None:
@@ -96,7 +148,7 @@ def shadowed(module: nn.Module, names: Iterable[str] = ("forward",)) -> str | No
 
 
 def check_plain(module: nn.Module, what: str, *types: type) -> None:
-    """``module`` is of exactly one of ``types``, and its ``forward`` is that of its class.
+    """``module`` is of exactly one of ``types``, and its methods are those of its class.
 
     Raises:
         Unsupported: It is not.
@@ -104,8 +156,7 @@ def check_plain(module: nn.Module, what: str, *types: type) -> None:
     if type(module) not in types:
         names = " or ".join(t.__name__ for t in types)
         raise Unsupported(f"{what} is {type(module).__name__}, not {names}")
-    if shadowed(module):
-        raise Unsupported(f"{what} had its forward replaced")
+    _check_instance(module, what)
 
 
 def check_conv(conv: nn.Module, what: str, **wanted: object) -> None:
@@ -135,11 +186,12 @@ def check_norm(norm: nn.Module, what: str) -> None:
     Raises:
         Unsupported: It is not.
     """
-    if type(norm) is nn.Identity and not shadowed(norm):
+    _check_instance(norm, what)
+    if type(norm) is nn.Identity:
         return
     # mmengine and mmcv have BNs of their own that differ in what dimensions they accept.
     forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    if not isinstance(norm, _BatchNorm) or type(norm).forward not in forwards or shadowed(norm):
+    if not isinstance(norm, _BatchNorm) or type(norm).forward not in forwards:
         raise Unsupported(f"{what} is {type(norm).__name__}, not a BatchNorm")
     if norm.running_mean is None:
         raise Unsupported(f"{what} has no running statistics")

@@ -16,14 +16,13 @@ from las_mm.models.arguments import check_stages, require_bool, static_arguments
 from las_mm.models.backbone import (
     DynamicBackbone,
     block_shapes,
-    conv_shape,
-    half_size,
 )
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.coverage import register
 from las_mm.models.excitation import POOLS, SqueezeExcitation
 from las_mm.models.released import convert_regnet
 from las_mm.models.settings import block_settings
+from las_mm.models.stem import stem_shapes
 from las_mm.registry import MODELS
 
 _ARCH_KEYS = ("w0", "wa", "wm", "group_w", "depth", "bot_mul")
@@ -201,11 +200,12 @@ class LASRegNet(DynamicBackbone, RegNet):
         return self.relu(self.norm1(self.conv1(x)))
 
     def _network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
-        hw = half_size(input_hw)
+        parts = [getattr(self, name) for name in self._stem_parts()]
+        stem, hw = stem_shapes(parts, self.blocks()[0].in_channels, input_hw)
         return NetworkShape(
             name=f"LASRegNet-{self.arch}",
             input_hw=input_hw,
-            stem=(conv_shape("stem.conv1", self.conv1, hw),),
+            stem=stem,
             blocks=block_shapes(
                 [(name, self.blocks_of(name)) for name in self.res_layers],
                 hw,

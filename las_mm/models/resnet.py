@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from mmpretrain.models.backbones import ResNet
 from torch import Tensor
 
-from las_mm.latency.shapes import ConvShape, NetworkShape, PoolShape
+from las_mm.latency.shapes import NetworkShape
 from las_mm.models import sparse
 from las_mm.models.arguments import check_stages, require_bool, static_arguments
 from las_mm.models.backbone import (
     DynamicBackbone,
     block_shapes,
-    conv_shape,
-    half_size,
 )
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.settings import block_settings
+from las_mm.models.stem import stem_shapes
 from las_mm.registry import MODELS
 
 
@@ -137,7 +136,8 @@ class LASResNet(DynamicBackbone, ResNet):
         return [*parts, "maxpool"]
 
     def _network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
-        stem, hw = _stem_shape(self, input_hw)
+        parts = [getattr(self, name) for name in self._stem_parts()]
+        stem, hw = stem_shapes(parts, self.blocks()[0].in_channels, input_hw)
         return NetworkShape(
             name=f"LASResNet-{self.depth}",
             input_hw=input_hw,
@@ -148,26 +148,3 @@ class LASResNet(DynamicBackbone, ResNet):
                 downsample_pool=lambda block: self.avg_down and block.stride != 1,
             ),
         )
-
-
-def _stem_shape(
-    backbone: LASResNet, input_hw: tuple[int, int]
-) -> tuple[tuple[ConvShape | PoolShape, ...], tuple[int, int]]:
-    """The layers before the first block, and rows and columns of their output."""
-
-    hw = half_size(input_hw)
-    if backbone.deep_stem:
-        convs = [module.conv for module in backbone.stem]
-    else:
-        convs = [backbone.conv1]
-    stem: list[ConvShape | PoolShape] = [
-        conv_shape(f"stem.conv{i}", conv, hw) for i, conv in enumerate(convs, start=1)
-    ]
-    hw = half_size(hw)
-    channels = convs[-1].out_channels
-    stem.append(
-        PoolShape(
-            name="stem.maxpool", channels=channels, kernel=3, stride=2, h_out=hw[0], w_out=hw[1]
-        )
-    )
-    return tuple(stem), hw

@@ -32,18 +32,16 @@ class Snapshot:
         self, module: nn.Module, names: Sequence[str] | None = None, packed: bool = True
     ) -> None:
         children = {
-            name: child
-            for name, child in module._modules.items()
-            if child is not None and (names is None or name in names)
+            name: child for name, child in module._modules.items() if names is None or name in names
         }
-        inside = [sub for child in children.values() for sub in child.modules()]
+        present = [child for child in children.values() if child is not None]
+        inside = [sub for child in present for sub in child.modules()]
         self._own, self._children = module._modules, children
         stores = (s for sub in inside for s in (sub._modules, sub._parameters, sub._buffers))
         self._stores = [store for store in stores if store]
         # Referred to, so that no other object can take their place under the same id.
         self._values = self._present()
         self._ids = [*map(id, self._values)]
-        self._modes = [(sub.__dict__, sub.training) for sub in inside]
         # Of tensors made in inference mode torch counts no writes; training batches are no weight.
         self._versions = [
             (value, value._version)
@@ -53,9 +51,15 @@ class Snapshot:
             and not value.is_inference()
             and name != "num_batches_tracked"
         ]
-        self._kinds = [
-            (sub, type(sub), len(sub._modules), sub.__dict__.get("forward"))
-            for sub in (module, *inside)
+        self._kinds = [(sub, type(sub), len(sub._modules)) for sub in (module, *inside)]
+        # Settings, the mode, methods put over those of the class. What maskers hold beside layers
+        # is read each time.
+        maskers = [children[name] for name in _UNPACKED if children.get(name) is not None]
+        self._attributes = [
+            (sub.__dict__, dict(sub.__dict__)) for sub in inside if sub not in maskers
+        ]
+        self._maskers = [
+            (masker.__dict__, masker.training, len(masker.__dict__)) for masker in maskers
         ]
         # A hook inside wants to see the training form's tensors.
         self._hooks = [
@@ -86,7 +90,7 @@ class Snapshot:
         return any(self._hooks)
 
     def stale(self, positions: int | None = None) -> bool:
-        """Whether a module, parameter or buffer was replaced, written to or switched to training.
+        """Whether a module, parameter, buffer or setting was replaced, written to or switched.
 
         Args:
             positions: Of the outputs that the packed weights are about to be used for: for few,
@@ -99,17 +103,21 @@ class Snapshot:
         # This runs for every block of every image.
         if [*map(id, self._present())] != self._ids:
             return True
-        for modes, training in self._modes:
-            if modes["training"] is not training:
-                return True
         for tensor, version in self._versions:
             if tensor._version != version:
                 return True
-        for sub, cls, children, forward in self._kinds:
+        for sub, cls, children in self._kinds:
             if type(sub) is not cls or len(sub._modules) != children:
                 return True
-            if sub.__dict__.get("forward") is not forward:
+        for masker, training, count in self._maskers:
+            if masker["training"] is not training or len(masker) != count:
                 return True
+        try:
+            for now, before in self._attributes:
+                if now != before:
+                    return True
+        except Exception:  # a tensor or an array was put in the place of another
+            return True
         if not self._sources or _capturing(self._sources[0]):
             return False
         known = self._fingerprints

@@ -29,7 +29,7 @@ from las_mm.models.coverage import (
     check_norm,
     check_plain,
     is_channels_last,
-    shadowed,
+    obstacle,
 )
 from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
 
@@ -58,17 +58,19 @@ def masked_dense() -> Iterator[None]:
 def wanted(x: Tensor) -> bool:
     """Whether a module in eval mode should run its fast form on ``x``.
 
-    Not under autograd (the fast form has no gradients), autocast, tracing or ONNX export, and only
-    where the back end has native kernels.
+    Not under autograd (the fast form has no gradients), autocast, tracing or ONNX export, only
+    where the back end has native kernels, and where nobody has a hand in all modules; see
+    :func:`~las_mm.models.coverage.obstacle`.
     """
     return (
         not torch.is_grad_enabled()
         and not _masked_dense
+        and ops.has_kernels(x.device.type)
         and ops.supports(x.dtype, x.device.type)
         and not compat.is_autocast_enabled(x.device.type)
         and not torch.jit.is_tracing()
         and not torch.onnx.is_in_onnx_export()
-        and ops.has_kernels(x.device.type)
+        and (compat.is_compiling() or obstacle(x) is None)
     )
 
 
@@ -277,7 +279,11 @@ class FastBottleneck:
 
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
-        choice = self.choice if compat.is_compiling() else self.plan(block, x)
+        if compat.is_compiling():
+            choice = self.choice
+        else:
+            choice = self.plan(block, x)
+            block.input_hw = (x.shape[-2], x.shape[-1])
         biases = [block.checked(self.biases[0], x), *self.biases[1:]]
         mask = None
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
@@ -415,9 +421,16 @@ def _layers_of(masker: nn.Module | None) -> tuple[list[Tensor], list[Tensor]] | 
     """
     if masker is None or masker.kind != "mlp":
         return None
-    layers = list(masker.conv) if type(masker.conv) is nn.Sequential else [masker.conv]
-    types = [nn.Linear] if len(layers) == 1 else [nn.Linear, nn.ReLU, nn.Linear]
-    if [type(layer) for layer in layers] != types or any(map(shadowed, [masker.conv, *layers])):
+    layers, types = [masker.conv], [nn.Linear]
+    try:
+        if masker.layers == 2:
+            check_plain(masker.conv, "", nn.Sequential)
+            layers, types = list(masker.conv), [nn.Linear, nn.ReLU, nn.Linear]
+        for layer, kind in zip(layers, types):
+            check_plain(layer, "", kind)
+    except Unsupported:
+        return None
+    if len(layers) != len(types):
         return None
     layers = layers[::2]
     weights = [layer.weight for layer in layers]
