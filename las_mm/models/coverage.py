@@ -101,8 +101,13 @@ def obstacle(x: Tensor) -> str | None:
     for cls, name, value in _trusted:
         if getattr(cls, name, None) is not value:
             return f"{cls.__name__}.{name} has been replaced"
-    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
-        return "there are forward hooks for every module"
+    for hooks in (all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks):
+        # Torch's FLOP counter keeps the path of the module at work with hooks that change nothing.
+        if any(
+            getattr(hook, "__module__", "") != "torch.utils.module_tracker"
+            for hook in hooks.values()
+        ):
+            return "there are forward hooks for every module"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "torch.func or forward-mode differentiation is at work"
     if isinstance(x, FakeTensor):
