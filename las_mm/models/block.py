@@ -310,8 +310,12 @@ class DynamicBlock(nn.Module):
         out_hw = tuple(-(-n // self.stride) for n in x.shape[-2:])
         coarse = self.masker(x, self.granularity * self.stride)
         mask = expand_mask(coarse, self.granularity, out_hw)
-        # Tracing (mmdet's FLOPs counters) records sizes as tensors, which the op cannot take.
-        if coarse.requires_grad or torch.jit.is_tracing():
+        # Tracing (mmdet's FLOPs counters) records sizes as tensors, which the op cannot take;
+        # torch.func has its own tensors, which older torch dispatches to no device.
+        functional = not compat.is_compiling() and (
+            torch._C._functorch.peek_interpreter_stack() is not None
+        )
+        if coarse.requires_grad or functional or torch.jit.is_tracing():
             halo = dilate_mask(mask, conv1_hw, self.conv2_stride, self.dilation)
             return mask, coarse, mask.mean(dim=(1, 2, 3)), halo.mean(dim=(1, 2, 3))
         _, counts = ops.dilate_mask(
