@@ -14,11 +14,11 @@ import torch
 from conftest import load_tool
 from las_mm.benchmark import masks, roofline
 from las_mm.benchmark.roofline import GPUS, Gpu, Kernel
-from las_mm.latency.shapes import BlockShape, resnet_shape
+from las_mm.latency import BottleneckShape, resnet_shape
 from las_mm.models.flops import count_macs
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = BlockShape(
+BLOCK = BottleneckShape(
     name="b", stage=2, mode="spatial", granularity=2, c_in=16, width=4, c_out=16, h_in=8, w_in=8,
     stride=1,
 )  # fmt: skip
@@ -83,7 +83,7 @@ def test_static_resnet101():
     """Against the known counts: 7.8 GMACs and 42.4 million weights without the classifier."""
     shape = resnet_shape(101, (224, 224))
     kernels = roofline.network_kernels(shape, 1, "fp32")
-    macs = count_macs(roofline.static(shape))
+    macs = count_macs(shape.static())
     pool = 9 * 64 * 56 * 56
     assert sum(k.flops for k in kernels) == 2 * (macs.stem + macs.static_blocks.sum()) - pool
     assert sum(k.flops for k in kernels) == pytest.approx(2 * 7.8e9, rel=0.01)

@@ -24,10 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from las_mm.fileio import write_atomically
-from las_mm.latency.calibrate import CASES, DTYPES, VISITS, Settings, calibrate, recorded_settings
-from las_mm.latency.calibrated import POOR, CalibratedDevice, calibration_path
 from las_mm.latency.device import MEASURED
-from las_mm.latency.fitting import FEWEST
+from las_mm.latency.measured.calibrate import (
+    CASES,
+    DTYPES,
+    VISITS,
+    Settings,
+    calibrate,
+    recorded_settings,
+)
+from las_mm.latency.measured.calibrated import POOR, CalibratedDevice, calibration_path
+from las_mm.latency.measured.fitting import FEWEST
 from las_mm.preflight import Parser, UserError
 
 

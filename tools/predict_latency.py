@@ -22,7 +22,7 @@ from las_mm.fileio import write_atomically
 from las_mm.latency import NetworkShape, Report, find_network, load_device, predict
 from las_mm.latency.device import AnyDevice
 from las_mm.latency.prediction import backbone_configs
-from las_mm.latency.shapes import MODES
+from las_mm.network import MODES
 from las_mm.preflight import Parser, UserError, load_config
 
 

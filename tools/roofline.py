@@ -18,7 +18,7 @@ from rich.table import Table
 
 from las_mm.benchmark import masks, roofline
 from las_mm.benchmark.roofline import BYTES, GPUS, Kernel
-from las_mm.latency.shapes import MODES, resnet_shape
+from las_mm.network import MODES, resnet_shape
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from las_mm.fileio import write_atomically
 from las_mm.latency import SearchResult, find_network, search_granularity
+from las_mm.latency.analytical.costs import PATCH_COUNTS
 from las_mm.latency.prediction import backbone_configs
-from las_mm.latency.predictor import PATCH_COUNTS
 from las_mm.latency.search import Setting, StageSearch, latency_against_rate
 from las_mm.preflight import Parser, UserError, load_config
 

@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from las_mm.fileio import write_atomically
 from las_mm.latency import CalibratedDevice, load_device
-from las_mm.latency.calibrate import Settings
-from las_mm.latency.calibrated import calibration_path
-from las_mm.latency.validation import (
+from las_mm.latency.measured.calibrate import Settings
+from las_mm.latency.measured.calibrated import calibration_path
+from las_mm.latency.measured.validation import (
     BlockResults,
     NetworkResult,
     SearchCheck,

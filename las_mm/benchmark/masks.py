@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from las_mm.latency.shapes import BlockShape
+from las_mm.network.block import BlockShape
 from las_mm.preflight import UserError
 
 KINDS = ("blob", "random", "model")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from las_mm import compat, memory, ops
 from las_mm.bounded import Recent
-from las_mm.models.activation import Activation, find_dynamic_backbones, work_shares
+from las_mm.models.activation import Activation, channel_rates, find_dynamic_backbones
 from las_mm.models.coverage import (
     Unsupported,
     check_children,
@@ -32,6 +32,7 @@ from las_mm.models.coverage import (
     obstacle,
 )
 from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
+from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION
 
 PREPARE_FIRST = (
     "the fast form has to exist before torch.compile or torch.export: call "
@@ -287,10 +288,10 @@ class FastBottleneck:
         biases = [block.checked(self.biases[0], x), *self.biases[1:]]
         mask = None
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
-        rate = rate_dilated = self.one
+        rates: dict[str, Tensor] = {}
         if self.masker is not None:
             masker, weight, bias = self.masker
-            mask, rates = ops.spatial_mask(
+            mask, found = ops.spatial_mask(
                 x,
                 weight,
                 bias,
@@ -299,14 +300,15 @@ class FastBottleneck:
                 self.strides,
                 self.dilation,
             )
-            rate, rate_dilated = rates.unbind()
+            axes = (LAYER,) if block.mode == "layer" else (POSITION, DILATED)
+            rates = dict(zip(axes, found.unbind()))
         winograd = self.winograd if choice.winograd else None
+        decisions = {} if mask is None else {axes[0]: mask}
+        known = Activation(self.one, rates, decisions)
         if self.masker_channel is not None:
-            return self._skip_channels(
-                block, x, mask, rate, rate_dilated, biases, winograd, in_place
-            )
+            return self._skip_channels(block, x, mask, known, biases, winograd, in_place)
         if not compat.is_exporting():
-            block.activation = Activation(rate, rate_dilated, self.one, mask)
+            block.activation = known
         cost, above = choice.winograd_cost, choice.dense_above
         dense = self.dense if above < 1 else None
         if in_place and len(self.weights) == 3:
@@ -346,8 +348,7 @@ class FastBottleneck:
         block: nn.Module,
         x: Tensor,
         mask: Tensor | None,
-        rate: Tensor,
-        rate_dilated: Tensor,
+        known: Activation,
         biases: list[Tensor],
         winograd: Tensor | None,
         in_place: bool,
@@ -361,7 +362,8 @@ class FastBottleneck:
         if not compat.is_exporting():
             record = partial(
                 _channel_activation,
-                Activation(rate, rate_dilated, self.one, mask, groups),
+                known,
+                groups,
                 tuple(x.shape[2:]),
                 block.granularity,
                 self.strides,
@@ -384,6 +386,7 @@ class FastBottleneck:
 
 def _channel_activation(
     known: Activation,
+    groups_mask: Tensor,
     input_hw: tuple[int, int],
     granularity: int,
     strides: Sequence[int],
@@ -391,26 +394,20 @@ def _channel_activation(
     groups: int,
     channel_granularity: int,
 ) -> Activation:
-    """``known`` with what follows from its masks.
-
-    Rates are means over the images; the shares of work need those of each.
-    """
-    mask = known.mask
-    assert known.mask_channel is not None
-    decisions = known.mask_channel.float()
-    images = len(decisions)
-    rates, dilated = known.rate.expand(images), known.rate_dilated.expand(images)
-    if mask is not None and images > 1:
+    """``known`` with the decisions about channels, and the rates of each image."""
+    mask, decisions = known.mask, groups_mask.float()
+    rates = dict(known.rates)
+    if mask is not None and len(decisions) > 1:
         size = [-(-n // strides[0]) for n in input_hw]
         _, counts = ops.dilate_mask(mask, granularity, size, strides[1], dilation)
         outputs = [-(-n // strides[1]) for n in size]
         areas = counts.new_tensor([math.prod(outputs), math.prod(size)])
-        rates, dilated = (counts / areas).unbind(1)
+        rates = dict(zip((POSITION, DILATED), (counts / areas).unbind(1)))
     channels = decisions
     if groups > 1:
         channels = decisions.repeat_interleave(channel_granularity, dim=1)
-    shares = work_shares(rates, dilated, channels, groups)
-    return replace(known, rate_channel=decisions.mean(), mask_channel=decisions, shares=shares)
+    rates.update(channel_rates(channels, groups))
+    return replace(known, rates=rates, decisions={**known.decisions, CHANNEL: decisions})
 
 
 def _layers_of(masker: nn.Module | None) -> tuple[list[Tensor], list[Tensor]] | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from las_mm.latency import (
-    BlockShape,
+    BottleneckShape,
     ConvShape,
     LatencyTable,
     NetworkShape,
@@ -19,11 +19,11 @@ from las_mm.latency import (
     paper_report,
     resnet_shape,
 )
-from las_mm.latency.operators import static_conv
+from las_mm.latency.analytical.operators import static_conv
 
 
 def _block(**changes):
-    block = BlockShape("b", 1, "spatial", 4, 256, 64, 256, 56, 56, 1)
+    block = BottleneckShape("b", 1, "spatial", 4, 256, 64, 256, 56, 56, 1)
     return replace(block, **changes)
 
 
@@ -62,7 +62,9 @@ def test_published_networks(device, depth, mode, granularity, ms):
 )
 def test_what_coarse_granularity_buys(device, stage, ratios):
     size, channels = 56 >> (stage - 1), 256 << (stage - 1)
-    block = BlockShape("b", stage, "static", 0, channels, channels // 4, channels, size, size, 1)
+    block = BottleneckShape(
+        "b", stage, "static", 0, channels, channels // 4, channels, size, size, 1
+    )
     static = block_report(device, block).latency_s
     for granularity, ratio in ratios.items():
         mode = "spatial" if granularity else "layer"

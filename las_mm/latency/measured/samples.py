@@ -11,8 +11,9 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from .regnet import ARCHS, SE_RATIO, regnet_stages
-from .shapes import BlockShape, ConvShape
+from las_mm.network.architectures import ARCHS, SE_RATIO, regnet_stages
+from las_mm.network.bottleneck import BottleneckShape
+from las_mm.network.operator import Conv
 
 _RESNET_WIDTHS = ((64, 128, 256, 512), (32, 64, 128, 256))
 _REGNET_STEM = 32
@@ -37,7 +38,7 @@ class Case:
         seed: Of the masks.
     """
 
-    block: BlockShape
+    block: BottleneckShape
     batch: int
     rate: float
     channel_rate: float = 1.0
@@ -59,13 +60,13 @@ class Case:
 class StemCase:
     """A stem: a convolution and, in a ResNet, its max-pooling."""
 
-    conv: ConvShape
+    conv: Conv
     pool: bool
     batch: int
 
 
 def draw_cases(
-    seed: int, most_macs: float, exclude: Collection[tuple[BlockShape, int]] = ()
+    seed: int, most_macs: float, exclude: Collection[tuple[BottleneckShape, int]] = ()
 ) -> Iterator[Case]:
     """Cases without end, the same for the same seed.
 
@@ -117,7 +118,7 @@ def _draw(rng: random.Random) -> Case | None:
     channel_rate = rng.uniform(0.1, 1.0)
     channels = mode in ("channel", "both")
     c_in = c_before if first else c_out
-    block = BlockShape(
+    block = BottleneckShape(
         name=family,
         stage=stage + 1,
         mode=mode,
@@ -156,6 +157,6 @@ def stem_cases() -> list[StemCase]:
     for side, batch in ((224, 1), (224, 3), (224, 8), (448, 1), (640, 2), (896, 1), (1120, 1)):
         half = -(-side // 2)
         for channels, kernel, pool in ((64, 7, True), (32, 7, True), (_REGNET_STEM, 3, False)):
-            conv = ConvShape("stem", 3, channels, kernel, 2, 1, half, half)
+            conv = Conv("stem", 3, channels, kernel, 2, 1, half, half)
             cases.append(StemCase(conv, pool, batch))
     return cases

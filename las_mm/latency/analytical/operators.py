@@ -11,7 +11,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-from .calibrated import CalibratedDevice
+from ..report import Report
 from .channels import (
     ChannelCost,
     ChannelMask,
@@ -19,7 +19,6 @@ from .channels import (
     search_dynamic_channel_conv,
 )
 from .device import Device
-from .report import Report
 from .tiling import (
     PatchCost,
     search_conv,
@@ -51,7 +50,7 @@ __all__ = [
     "scatter_add_cost",
     "static_conv",
 ]
-_MASKER_OUTPUTS = 2  # logits "keep" and "skip"
+MASKER_OUTPUTS = 2  # logits "keep" and "skip"
 
 
 def static_conv(
@@ -543,7 +542,7 @@ def masker_conv1_costs(
     masker = static_conv(
         device,
         c_in,
-        _MASKER_OUTPUTS,
+        MASKER_OUTPUTS,
         1,
         h_out,
         w_out,
@@ -629,17 +628,6 @@ def _batch(device: Device, batch_size: int | None) -> int:
             f"{type(device).__name__}; a calibrated device predicts blocks and networks"
         )
     return device.batch_size if batch_size is None else batch_size
-
-
-def check_batch(name: str, device: Device | CalibratedDevice, batch_size: int | None) -> int:
-    """The batch size: what is given, else the device's.
-
-    Raises:
-        ValueError: It is not a positive integer.
-    """
-    batch = device.batch_size if batch_size is None else batch_size
-    check_sizes(name, batch_size=batch)
-    return batch
 
 
 def check_sizes(name: str, **sizes: int) -> None:

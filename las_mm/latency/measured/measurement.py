@@ -21,9 +21,9 @@ from las_mm.benchmark.masks import draw_channel_masks, draw_masks
 from las_mm.memory import Eviction
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.regnet import DynamicRegNetBlock
+from las_mm.network.bottleneck import BottleneckShape
 
 from .samples import Case, StemCase
-from .shapes import BlockShape
 
 _PROBE_SIDE, _PROBE_CALLS = 384, 3  # a product that always takes the same time, about 1 ms
 _DISTURBED, _ATTEMPTS = 1.25, 3
@@ -228,7 +228,7 @@ def small_case(case: Case) -> Case:
     return replace(case, block=block, batch=1)
 
 
-def build_block(shape: BlockShape) -> DynamicBottleneck:
+def build_block(shape: BottleneckShape) -> DynamicBottleneck:
     """A block of this shape, style 'pytorch': a RegNet's if ``c_out == width``."""
     downsample = None
     if shape.downsample:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .shapes import BlockShape
+from las_mm.network.block import BlockShape
 
 _PATCHES, _COARSE = 128, 4  # side of the field, patches between its independent values
 _FIELDS = 3
@@ -26,12 +26,14 @@ def expected_dilated_rate(block: BlockShape, rates: np.ndarray) -> np.ndarray:
         rates: Rates in [0, 1], any shape.
     """
     rates = np.asarray(rates, dtype=float)
-    if not block.has_patches:
+    reader = block.reader
+    if reader is None:
         return rates
-    cell = block.granularity * block.conv2_stride
+    cell = block.granularity * reader.stride
     # Positions of a cell that the outputs of the cell before, and of the one behind, read too.
-    before = min(max(block.dilation - block.conv2_stride + 1, 0), cell)
-    behind = min(block.dilation, cell)
+    reach = reader.kernel // 2 * reader.dilation
+    before = min(max(reach - reader.stride + 1, 0), cell)
+    behind = min(reach, cell)
     both = max(before + behind - cell, 0)
     axes = []
     for size in (block.h_out, block.w_out):

@@ -13,9 +13,10 @@ import numbers
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..device import load_analytic_device
+from ..report import Report
 from . import operators as ops
-from .device import Device, load_analytic_device
-from .report import Report
+from .device import Device
 from .tiling import search_conv
 
 _NORM_OPERATIONS = 4  # mean, variance, normalise, scale and shift

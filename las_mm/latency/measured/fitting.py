@@ -1,4 +1,4 @@
-"""Fitting :class:`~las_mm.latency.fitted.FittedModel` to measurements.
+"""Fitting :class:`~las_mm.latency.measured.fitted.FittedModel` to measurements.
 
 Needs scipy and scikit-learn, which predicting does without.
 """
@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from las_mm.network.bottleneck import BottleneckShape
+
 from .fitted import (
     INPUTS,
     TERMS,
@@ -23,7 +25,6 @@ from .fitted import (
     quantities,
 )
 from .samples import StemCase
-from .shapes import BlockShape
 
 _FOLDS = 5
 _ROBUST = 1.5  # median errors beyond which a measurement loses weight
@@ -34,7 +35,7 @@ FEWEST = 60  # blocks that a fit needs
 class Observation(NamedTuple):
     """A block as measured: rates as recorded, seconds of the whole batch."""
 
-    block: BlockShape
+    block: BottleneckShape
     batch: int
     rate: float
     dilated: float

@@ -20,7 +20,7 @@ from typing import NamedTuple, Union
 
 import numpy as np
 
-from .shapes import BlockShape
+from las_mm.network.bottleneck import BottleneckShape
 
 Numbers = Union[float, np.ndarray]
 _BYTES = 4
@@ -110,13 +110,13 @@ class Probes:
         return np.asarray(size / np.exp(np.interp(known, np.log(sizes), np.log(rates))))
 
 
-def tiled(block: BlockShape) -> bool:
+def tiled(block: BottleneckShape) -> bool:
     """Whether conv2 runs as Winograd tiles (float32)."""
     return (block.conv2_stride, block.dilation, block.groups) == (1, 1, 1) and not block.se_width
 
 
 def quantities(
-    block: BlockShape,
+    block: BottleneckShape,
     batch: int,
     probes: Probes,
     rate: Numbers = 1.0,
@@ -251,7 +251,7 @@ INPUTS = (
 
 
 def correction_inputs(
-    block: BlockShape, batch: int, rate: Numbers, channel: float = 1.0
+    block: BottleneckShape, batch: int, rate: Numbers, channel: float = 1.0
 ) -> np.ndarray:
     """:data:`INPUTS` of a block at the rates of an array (points,): (points, inputs)."""
     rate = np.atleast_1d(np.asarray(rate, dtype=float))
@@ -341,7 +341,7 @@ class FittedModel:
 
     def parts(
         self,
-        block: BlockShape,
+        block: BottleneckShape,
         batch: int,
         rate: Numbers,
         dilated: Numbers,
@@ -363,14 +363,24 @@ class FittedModel:
         }
 
     def seconds(
-        self, block: BlockShape, batch: int, rate: Numbers, dilated: Numbers, channel: float = 1.0
+        self,
+        block: BottleneckShape,
+        batch: int,
+        rate: Numbers,
+        dilated: Numbers,
+        channel: float = 1.0,
     ) -> np.ndarray:
         """Seconds of a block for the whole batch, at rates of shape (points,)."""
         curves = self.curves(block, batch, rate, dilated, channel)
         return curves.dilated + curves.rate
 
     def curves(
-        self, block: BlockShape, batch: int, rate: Numbers, dilated: Numbers, channel: float = 1.0
+        self,
+        block: BottleneckShape,
+        batch: int,
+        rate: Numbers,
+        dilated: Numbers,
+        channel: float = 1.0,
     ) -> BlockCurves:
         """Seconds of a block, in the part that goes with conv1's rate and the rest."""
         parts = self.parts(block, batch, rate, dilated, channel)

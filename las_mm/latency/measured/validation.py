@@ -16,12 +16,12 @@ from las_mm.benchmark.masks import force_masks
 from las_mm.models import LASResNet
 from las_mm.models.activation import NetworkActivation
 
+from ..search import search_granularity
+from ..table import network_report
 from .calibrate import SEED, Progress, Settings, measure
 from .calibrated import CalibratedDevice
 from .fitting import Accuracy, Observation, predicted_s
-from .predictor import network_report
 from .samples import Case, StemCase, draw_cases
-from .search import search_granularity
 
 _MOST_MACS = 25e9  # of a block: twice what calibrations measure
 _RANGES_MS = (0.0, 1.0, 3.0, 10.0, 30.0, float("inf"))
@@ -195,18 +195,9 @@ def _backbone(depth: int, mode: str, granularity: Sequence[int]) -> LASResNet:
 
 def _predict(device: CalibratedDevice, activation: NetworkActivation, batch: int) -> float:
     """Seconds of the batch at the recorded rates."""
-    rates, dilated, channel = (
-        values.clamp(0, 1).double().numpy()
-        for values in (activation.rates, activation.rates_dilated, activation.rates_channel)
-    )
+    rates = {axis: r.clamp(0, 1).double().numpy() for axis, r in activation.axes.items()}
     return network_report(
-        device,
-        activation.shape,
-        rates,
-        dilated,
-        batch_size=batch,
-        per_image=False,
-        rates_channel=channel,
+        device, activation.shape, rates, batch_size=batch, per_image=False
     ).latency_s
 
 

@@ -16,11 +16,13 @@ import numpy as np
 import yaml
 
 from las_mm.fileio import cache_folder
+from las_mm.network.block import BlockShape, NetworkShape
+from las_mm.network.bottleneck import BottleneckShape
+from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION, Conv, Pool
 
+from ..report import Report
 from .fitted import INPUTS, TERMS, Correction, FittedModel, Probes
 from .halo import expected_dilated_rate
-from .report import Report
-from .shapes import BlockShape, ConvShape, NetworkShape, PoolShape
 
 FORMAT = 1
 _DIGITS = 7  # of numbers in a file; float32 has as many
@@ -35,8 +37,8 @@ class CalibratedDevice:
 
     Times are those of the sparse runtime of this package (static blocks included), at the threads
     and the dtype of the measurement. A rate without a recorded dilated rate is taken for that of
-    coherent masks (:mod:`las_mm.latency.halo`), where the analytical devices follow the papers
-    and charge no halo.
+    coherent masks (:mod:`las_mm.latency.measured.halo`), where the analytical devices follow the
+    papers and charge no halo.
 
     Attributes:
         name: Name to show.
@@ -70,11 +72,21 @@ class CalibratedDevice:
         """conv1's rates where only the block's are known."""
         return expected_dilated_rate(block, rates)
 
-    def block_report(
-        self, block: BlockShape, rate: float, dilated: float, batch: int, channel: float
-    ) -> Report:
-        """Seconds of a block for the batch, by operator."""
-        parts = self.model.parts(block, batch, rate, dilated, channel)
+    def block_report(self, block: BlockShape, rates: Mapping[str, float], batch: int) -> Report:
+        """Seconds of a block for the batch, by operator.
+
+        Args:
+            block: The block.
+            rates: By axis; those that are not given are 1.
+            batch: Images.
+
+        Raises:
+            ValueError: It is of a kind that calibrations do not measure.
+        """
+        known = self._known(block)
+        rate = rates.get(LAYER, rates.get(POSITION, 1.0))
+        dilated = rates.get(LAYER, rates.get(DILATED, 1.0))
+        parts = self.model.parts(known, batch, rate, dilated, rates.get(CHANNEL, 1.0))
         operators: dict[str, dict[str, float]] = {}
         for name, seconds in parts.items():
             term = TERMS[name]
@@ -85,17 +97,30 @@ class CalibratedDevice:
         ]
         return Report.group(block.name, [r for r in reports if r.latency_s])
 
-    def block_curves(
-        self,
-        block: BlockShape,
-        rates: np.ndarray,
-        rates_dilated: np.ndarray,
-        batch: int,
-        channel: float,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(conv1's part at ``rates_dilated``, all else at ``rates``), seconds of the batch."""
-        conv1 = self.model.curves(block, batch, rates_dilated, rates_dilated, channel).dilated
-        return conv1, self.model.curves(block, batch, rates, rates, channel).rate
+    def block_costs(self, block: BlockShape, batch: int) -> list[MeasuredCost]:
+        """What a block's latency is the sum of: what goes with conv1's rate, and the rest.
+
+        Raises:
+            ValueError: As for :meth:`block_report`.
+        """
+        known = self._known(block)
+        channels = (CHANNEL,) if block.has_channels else ()
+        position = {LAYER: (LAYER, LAYER), POSITION: (DILATED, POSITION)}
+        none = ("", "")
+        dilated, rate = next((b for axis, b in position.items() if axis in block.axes), none)
+        return [
+            MeasuredCost(self.model, known, batch, part, axis, (*filter(None, [axis]), *channels))
+            for part, axis in (("dilated", dilated), ("rate", rate))
+        ]
+
+    def _known(self, block: BlockShape) -> BottleneckShape:
+        if type(block) is BottleneckShape:
+            return block
+        raise ValueError(
+            f"{self.name} is calibrated by measurement, which so far covers bottleneck blocks, not "
+            f"{block.name}, a {type(block).__name__}: give a device of the analytical model, such "
+            "as 'v100'"
+        )
 
     def stem_report(self, network: NetworkShape, batch: int) -> Report:
         """Seconds of the stem for the batch.
@@ -108,12 +133,12 @@ class CalibratedDevice:
         constants = self.model.stem_s
         while stem:
             item = stem.pop(0)
-            if isinstance(item, PoolShape):
+            if isinstance(item, Pool):
                 moved = 4 * batch * item.channels * item.h_out * item.w_out * (item.stride**2 + 1)
                 seconds = float(self.model.probes.transfer_s(moved, moved))
                 parts.append(Report(item.name, 0.0, seconds, constants["call"]))
                 continue
-            if not isinstance(item, ConvShape):
+            if not isinstance(item, Conv):
                 raise ValueError(f"there is no latency model for {item!r} of {network.name}")
             products = batch * item.h_out * item.w_out * item.c_out * item.kernel**2
             products *= item.c_in // item.groups
@@ -122,7 +147,7 @@ class CalibratedDevice:
                 seconds *= self.model.constants["conv2"] + self.model.constants["conv2_panels"]
                 parts.append(Report(item.name, seconds, 0.0, constants["call"]))
                 continue
-            pooled = item.kernel == 7 and len(stem) == 1 and isinstance(stem[0], PoolShape)
+            pooled = item.kernel == 7 and len(stem) == 1 and isinstance(stem[0], Pool)
             name = item.name
             if pooled:
                 name += "+" + stem.pop(0).name
@@ -190,6 +215,34 @@ class CalibratedDevice:
                 f"{path} was measured with {'; '.join(other)}: its predictions hold for that. For "
                 f"this machine, {_RECALIBRATE}"
             )
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """Seconds of a part of a block for the whole batch, by the rates of its axes."""
+
+    model: FittedModel
+    block: BottleneckShape
+    batch: int
+    part: str  # of BlockCurves
+    position: str  # its axis of positions or layers, or empty
+    axes: tuple[str, ...]
+
+    def seconds(self, rates: Mapping[str, Any], patches: str = "whole") -> np.ndarray:
+        """At arrays of rates that broadcast; 1 where none is given.
+
+        A rate is the mean over many images, so that there are no whole ``patches`` to round to.
+        """
+        rate, channel = np.broadcast_arrays(
+            np.asarray(rates.get(self.position, 1.0), dtype=float), rates.get(CHANNEL, 1.0)
+        )
+        found = np.empty(rate.shape)
+        for value in np.unique(channel):
+            of = channel == value
+            own = rate[of]
+            curves = self.model.curves(self.block, self.batch, own, own, float(value))
+            found[of] = getattr(curves, self.part)
+        return found
 
 
 def _warn_once(text: str) -> None:

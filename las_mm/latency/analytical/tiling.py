@@ -15,8 +15,8 @@ from typing import Any, Callable
 
 import numpy as np
 
+from ..report import Report
 from .device import Device
-from .report import Report
 
 GATHER_LIMIT = 256  # a dynamic convolution considers at most this many patches per tile
 _CACHE = 4096
