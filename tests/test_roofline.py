@@ -56,7 +56,7 @@ def test_a_downsampling_block_by_hand():
         "conv3": (25 * (4 + 32 + 32) * 2 + 4 * 32 * 2 + 32 * 4, 2 * 25 * 4 * 32),
     }
     pooled = replace(block, downsample_pool=True)
-    pool = counts(roofline.block_kernels(pooled, 1, "fp16"))["pool"]
+    pool = counts(roofline.block_kernels(pooled, 1, "fp16"))["downsample_pool"]
     assert pool == ((81 + 25) * 16 * 2, 81 * 16)
     strided = replace(block, conv1_stride=2)
     hidden = counts(roofline.block_kernels(strided, 1, "fp16"))["conv1"]

@@ -87,7 +87,7 @@ def test_channel_rates():
             for i, block in enumerate(activation.shape.blocks)
         ),
     )
-    activation = replace(activation, shape=shape, rates_channel=channel)
+    activation = record_of(shape, activation.rates, activation.rates_dilated, channel)
     summary = DatasetSummary()
     summary.add(activation, Prediction(1.0, 2.0, np.ones(16)), np.ones(16), 0.0, 3)
     metrics = summary.metrics()

@@ -283,6 +283,12 @@ def _check_covered(backbone: Any, network: NetworkShape) -> None:
                     "its block does not describe, so there is no latency model for it"
                 )
             found.append(own[0])
+        missing = next((m for m in operators if found.count(m) < operators.count(m)), None)
+        if missing is not None:
+            raise ValueError(
+                f"{names[block]} of {type(backbone).__name__} describes {missing}, which has no "
+                "layer with weights: there is no latency model for what took its place"
+            )
 
 
 def _weighted(module: Any) -> list[Any]:

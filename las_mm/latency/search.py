@@ -324,7 +324,7 @@ def latency_against_rate(
     Raises:
         ValueError: A granularity has not one entry per stage.
     """
-    device = load_device(device)
+    device, rates = load_device(device), np.asarray(rates, dtype=float)
     images = device.batch_size if batch_size is None else batch_size
     stages = network.stages()
     if len(granularity) != len(stages):

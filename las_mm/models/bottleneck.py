@@ -45,7 +45,8 @@ class DynamicBottleneck(DynamicBlock, Bottleneck):
 
     def describe(self, name: str, stage: int, hw: tuple[int, int]) -> BottleneckShape:
         """See the base class."""
-        downsample = self.downsample
+        shortcut = self.downsample
+        pools = isinstance(shortcut, nn.Sequential) and isinstance(shortcut[0], nn.AvgPool2d)
         return BottleneckShape(
             name=name,
             stage=stage,
@@ -60,8 +61,8 @@ class DynamicBottleneck(DynamicBlock, Bottleneck):
             conv1_stride=self.conv1_stride,
             groups=self.conv2.groups,
             dilation=self.dilation,
-            downsample=downsample is not None,
-            downsample_pool=downsample is not None and isinstance(downsample[0], nn.AvgPool2d),
+            downsample=shortcut is not None,
+            downsample_pool=pools,
             se_width=getattr(self, "squeeze_channels", 0),
             **self._channel_masker_shape(),
         )

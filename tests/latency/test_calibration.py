@@ -18,16 +18,15 @@ from las_mm.latency import (
     LatencyTable,
     LatencyTables,
     block_report,
-    calibrate,
     load_device,
     network_report,
     predict,
     resnet_shape,
     search_granularity,
-    validation,
 )
 from las_mm.latency.analytical.operators import static_conv
 from las_mm.latency.differentiable import DifferentiableLatency
+from las_mm.latency.measured import calibrate, validation
 from las_mm.latency.measured.calibrate import Settings, measure, read_record
 from las_mm.latency.measured.calibrated import CalibratedDevice, calibration_path
 from las_mm.latency.measured.fitted import TERMS, Probes, quantities
