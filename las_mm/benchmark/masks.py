@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from las_mm.errors import UserError
 from las_mm.latency.shapes import BlockShape
-from las_mm.preflight import UserError
 
 KINDS = ("blob", "random", "model")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
