@@ -1,14 +1,15 @@
-"""Reading a config, building its model, and what can be wrong with the config itself."""
+"""Configs read and built, with what is wrong in them said in one sentence."""
 
 from __future__ import annotations
 
 import os.path as osp
 
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope, init_default_scope
 from torch import nn
 
-from las_mm.errors import MissingDependencyError, UserError, last_line
+from las_mm.dependencies import MissingDependencyError
+from las_mm.errors import UserError, last_line
 from las_mm.registry import MODELS
 
 
@@ -77,3 +78,8 @@ def hook_name(hook: dict) -> str:
     if isinstance(kind, str):
         return kind
     return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+
+def reset_scope() -> None:
+    """Forget the default scope of :func:`build_model`, so that a runner sets its own."""
+    DefaultScope._instance_dict.clear()

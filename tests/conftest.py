@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,23 @@ def load_tool(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def refused(capsys):
+    """``refused(program, *arguments)``: the line with which it ends on a user's error."""
+
+    def call(program: Callable, *arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            program(*arguments)
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        (line,) = (line for line in said.splitlines() if ": error: " in line)
+        assert said.endswith(f"{line}\n") and "Traceback" not in said
+        return line
+
+    return call
 
 
 @pytest.fixture(scope="module", autouse=True)
