@@ -17,6 +17,7 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 
 from las_mm.benchmark.masks import load_images
+from las_mm.benchmark.subject import DTYPES
 from las_mm.checkpoints import load_weights
 from las_mm.cli.output import Output
 from las_mm.cli.parser import add_cfg_options, add_trust, check_size
@@ -24,8 +25,6 @@ from las_mm.configs import build_model, load_config, usual_size
 from las_mm.errors import UserError, as_user_errors
 from las_mm.explanation import explain
 from las_mm.models.activation import find_dynamic_backbone
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,3 +77,5 @@ def run(args: argparse.Namespace) -> None:
         explanation = explain(backbone, image, quiet=True)
     output = Output()
     output.print(explanation.table())
+    if args.checkpoint is None:
+        output.say("the weights are random (--checkpoint): times hold, rates do not")

@@ -50,7 +50,7 @@ def test_noise(config, capsys):
     assert "LASResNet-50 on 1x3x64x96" in printed
     rows = [line for line in printed.splitlines() if line.startswith("│ layer")]
     assert len(rows) == 16 and all("spatial" in row for row in rows)
-    assert "decided by: " in printed
+    assert "decided by: " in printed and "the weights are random" in printed
 
 
 def test_an_image_and_weights(config, tmp_path, monkeypatch):
