@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 
 import needs
 
@@ -58,8 +59,9 @@ def refused(capsys):
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_by_other_files() -> None:
-    """No scope, as in a new process: files run in any order."""
-    DefaultScope._instance_dict.clear()
+    """No scope and no visualizer, as in a new process: files run in any order."""
+    for kind in (DefaultScope, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")
