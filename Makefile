@@ -170,7 +170,7 @@ demo: setup $(DEMO)/epoch_20.pth
 
 benchmark: setup
 	$(BIN)/pip install --quiet -r requirements/benchmark.txt
-	PYTHON=$(BIN)/python tools/benchmark_all.sh work_dirs/benchmark
+	PYTHON=$(BIN)/python dev/benchmark_all.sh work_dirs/benchmark
 
 clean:
 	rm -rf build $(DEMO) data/demo_coco

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from las_mm.errors import UserError
 from las_mm.network.block import BlockShape
-from las_mm.preflight import UserError
 
 KINDS = ("blob", "random", "model")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -243,7 +243,7 @@ def load_images(paths: Sequence[Path], input_hw: tuple[int, int], cfg: Config) -
             with Image.open(path) as image:
                 resized = image.convert("RGB").resize(input_hw[::-1], Image.Resampling.BILINEAR)
         except OSError as error:  # PIL's errors are OSErrors too
-            raise UserError(f"--images {path} is no image that can be read") from error
+            raise UserError(f"{path} is no image that can be read") from error
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
         batch.append(pixels if rgb else pixels.flip(0))
     mean, std = (

@@ -228,11 +228,10 @@ def _build_backbone(source: Any) -> Any:
     import torch
     from mmengine.config import Config
 
-    from las_mm import preflight
-    from las_mm.registry import MODELS
+    from las_mm import configs
 
     if isinstance(source, (str, Path)):
-        cfg = preflight.load_config(str(source))
+        cfg = configs.load_config(str(source))
     else:
         cfg = source if isinstance(source, Config) else Config(dict(source))
     if not cfg.get("model"):
@@ -240,17 +239,10 @@ def _build_backbone(source: Any) -> Any:
     found = backbone_configs(cfg)
     if len(found) != 1:
         # None or several: the model itself knows best.
-        return _backbone_of(preflight.build_model(cfg))
-    # Not preflight.build_model, which would change the default scope of a running process.
-    try:
-        with torch.random.fork_rng(devices=[]):  # a prediction changes no random numbers
-            return MODELS.build(dict(found[0], init_cfg=None))
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise preflight.UserError(f"the config's backbone cannot be built: {reason[-1]}") from error
+        return _backbone_of(configs.build_model(cfg))
+    # Not build_model, which would change the default scope of a running process.
+    with torch.random.fork_rng(devices=[]):  # a prediction changes no random numbers
+        return configs.build(dict(found[0], init_cfg=None), "backbone")
 
 
 def _check_covered(backbone: Any, network: NetworkShape) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every measurement of docs/performance.md: one JSON file each in the given folder (25 minutes on 2
 # cores, of which the modes take 8), then the table. Let nothing else run meanwhile.
-#   tools/benchmark_all.sh [FOLDER] [NAME ...]     only these, e.g. 8x224 800_bf16
-#   tools/benchmark_all.sh FOLDER modes            only family x mode
+#   dev/benchmark_all.sh [FOLDER] [NAME ...]     only these, e.g. 8x224 800_bf16
+#   dev/benchmark_all.sh FOLDER modes            only family x mode
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-work_dirs/benchmark}
@@ -53,4 +53,4 @@ mode regnety_800mf_spatial "8 3 224 224" spatial --rate 0.44 0.5
 mode regnety_800mf_channel "8 3 224 224" channel --rate 0.48
 mode regnety_800mf_layer "8 3 224 224" layer --rate 0.47
 mode regnety_800mf_both "8 3 224 224" both --rate 0.7 --channel-rate 0.7
-"$python" tools/benchmark_table.py "$out"/*.json
+"$python" dev/benchmark_table.py "$out"/*.json

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write the table of configs/README.md and configs/metafile.yml from the configs themselves.
 
-python tools/config_table.py            # after a config was added or changed
-python tools/config_table.py --check    # exits with 1 where a file is not up to date
+python dev/config_table.py            # after a config was added or changed
+python dev/config_table.py --check    # exits with 1 where a file is not up to date
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from unittest.mock import patch
 import yaml
 from mmengine.config import Config
 
+from las_mm.cli.parser import Parser
+from las_mm.configs import hook_name
+from las_mm.errors import as_user_errors, told
 from las_mm.fileio import write_atomically
-from las_mm.preflight import Parser, hook_name
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- table: tools/config_table.py -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: dev/config_table.py -->", "<!-- end of table -->"
 COLLECTIONS = {
     "LASNet": ("https://arxiv.org/abs/2210.06223", "Latency-aware Spatial-wise Dynamic Networks"),
     "LAUDNet": (
@@ -129,9 +131,7 @@ def metafile(rows: list[dict]) -> str:
         ],
         Models=[_model(row) for row in rows],
     )
-    header = (
-        "# Written by tools/config_table.py. No weights are published: models have no results.\n"
-    )
+    header = "# Written by dev/config_table.py. No weights are published: models have no results.\n"
     return header + yaml.safe_dump(content, sort_keys=False, width=100)
 
 
@@ -167,18 +167,16 @@ def files() -> Iterator[tuple[Path, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="config_table.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="config_table.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if stale")
     args = parser.parse_args(argv)
-    try:
+    with told("config_table.py"), as_user_errors(ValueError):
         stale = [
             (path, text) for path, text in files() if not path.is_file() or path.read_text() != text
         ]
-    except (ValueError, OSError) as error:
-        sys.exit(f"config_table.py: error: {error}")
     if args.check and stale:
         names = ", ".join(str(path.relative_to(ROOT)) for path, _ in stale)
-        sys.exit(f"config_table.py: not up to date: {names}; run python tools/config_table.py")
+        sys.exit(f"config_table.py: not up to date: {names}; run python dev/config_table.py")
     for path, text in stale:
         write_atomically(path, text.encode())
         print(f"wrote {path.relative_to(ROOT)}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time training steps of two configs alternately, e.g. a dynamic network and its static twin.
 
-python tools/compare_training.py configs/mask_rcnn_lasnet_r101.py configs/mask_rcnn_resnet_r101.py
+python dev/compare_training.py configs/mask_rcnn_lasnet_r101.py configs/mask_rcnn_resnet_r101.py
 
 Both see the same batches, in turns, in one process; medians and their ratio are printed. With
 PredictedLatencyHook in the first config, its share of the step is measured too.
@@ -9,18 +9,18 @@ PredictedLatencyHook in the first config, its share of the step is measured too.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from rich.progress import track
 
 from las_mm import preflight
+from las_mm.cli.parser import Parser, add_cfg_options
+from las_mm.configs import build_model, load_config
+from las_mm.errors import told
 from las_mm.hooks import BudgetHook, PredictedLatencyHook
 from las_mm.models.activation import collect_activations, find_dynamic_backbones
 from las_mm.registry import HOOKS
@@ -30,9 +30,9 @@ class Contestant:
     """A model in training mode with the optimiser and budget hook of its config."""
 
     def __init__(self, config: str, options: dict) -> None:
-        self.cfg = preflight.load_config(config, options)
+        self.cfg = load_config(config, options)
         preflight.check_data(self.cfg, ("train_dataloader",))
-        self.model = preflight.build_model(self.cfg)
+        self.model = build_model(self.cfg)
         preflight.check_hooks(self.cfg, self.model)
         preflight.check_pretrained(self.cfg, self.model)
         self.model.init_weights()
@@ -60,20 +60,18 @@ class Contestant:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="compare_training.py", description=__doc__)
     parser.add_argument("config", help="config of the first contestant")
     parser.add_argument("twin", help="config of the second contestant, whose data both use")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, help="for both")
+    add_cfg_options(parser)
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     # The initialisation of every layer is not what one came to see.
     MMLogger.get_instance("mmengine", log_level="WARNING")
-    try:
+    with told("compare_training.py"):
         first, second = (Contestant(c, args.cfg_options) for c in (args.config, args.twin))
-    except preflight.UserError as error:
-        sys.exit(f"compare_training.py: error: {error}")
     loader = Runner.build_dataloader(second.cfg.train_dataloader, seed=0)
     batches = []
     while len(batches) < args.rounds + 1:  # one more to warm up

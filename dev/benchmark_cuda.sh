@@ -2,7 +2,7 @@
 # The measurements on a GPU: correctness first (make test-gpu), then one JSON file each in the given
 # folder, then the table. Let nothing else run on the GPU meanwhile; tuning torch.compile takes most
 # of the time.
-#   tools/benchmark_cuda.sh [FOLDER] [NAME ...]     only these, e.g. 1x224_fp16
+#   dev/benchmark_cuda.sh [FOLDER] [NAME ...]     only these, e.g. 1x224_fp16
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-work_dirs/benchmark_cuda}
@@ -28,4 +28,4 @@ for dtype in fp32 fp16; do
   measure 128x224 "128 3 224 224" $dtype
   measure 800 "1 3 800 1344" $dtype
 done
-"$python" tools/benchmark_table.py "$out"/*.json
+"$python" dev/benchmark_table.py "$out"/*.json

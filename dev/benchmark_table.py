@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Print the JSON files of tools/benchmark.py as one Markdown table.
 
-python tools/benchmark_table.py work_dirs/benchmark/*.json
+python dev/benchmark_table.py work_dirs/benchmark/*.json
 """
 
 from __future__ import annotations
