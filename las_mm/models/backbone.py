@@ -43,15 +43,18 @@ class DynamicBackbone(nn.Module):
             the plan says is the fastest on this machine, measured when it is first met;
             ``'sparse'``, on the sparse path, without measuring; ``'dense'``, masked-dense, as in
             training. It may be changed at any time.
+        no_fast_stem: Why the stem runs dense; ``None`` if it does not.
     """
 
     fast_stem: type[sparse.FastStem] | type[sparse.FastConvStem] | None = None
     static_forward: Callable
+    no_fast_stem: str | None = None
     freeze_maskers = True
     contract_dilation = False
     multi_grid: Sequence[int] | None = None
     _fast_stem: sparse.FastStem | sparse.FastConvStem | None = None
     _snapshot: Snapshot | None = None
+    _made_for: list[str] | None = None
     _key: str | None = None
     _input_hw: tuple[int, int] | None = None
     _saw_sizes = False  # whether the blocks noted the sizes of their inputs in the last forward
@@ -106,9 +109,9 @@ class DynamicBackbone(nn.Module):
 
     def _drop_changed(self) -> None:
         """Forget packed weights whose sources' contents have changed, where that means to wait."""
-        parts = [part for part in (self, *self.blocks()) if part._snapshot is not None]
+        parts = (self, *self.blocks())
         self._turn = getattr(self, "_turn", 0) + 1
-        snapshots = [part._snapshot for part in parts]
+        snapshots = [s for s in (part._snapshot for part in parts) if s is not None]
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if not capturing and changed(snapshots, self._turn):
             for part in parts:
@@ -137,21 +140,27 @@ class DynamicBackbone(nn.Module):
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast_stem
-        if self.stale():
+        # Another thread may call .eval() or .to() at any time, which forgets both.
+        fast, snapshot, parts = self._fast_stem, self._snapshot, self._stem_parts()
+        if snapshot is None or parts != self._made_for or snapshot.stale():
+            fast = why = None
             try:
-                self._fast_stem = self.fast_stem.of(self)
-            except sparse.Unsupported:
-                self._fast_stem = None
-            self._snapshot = Snapshot(self, self._stem_parts(), self._fast_stem is not None)
+                fast = self.fast_stem.of(self)
+            except sparse.Unsupported as reason:
+                why = str(reason)
+            snapshot = Snapshot(self, parts, fast is not None)
+            self._made_for, self.no_fast_stem = parts, why
+            self._fast_stem, self._snapshot = fast, snapshot
             self._key = watch(self, self._key)
-        return None if self._snapshot.hooked() else self._fast_stem
+        return None if snapshot.hooked() else fast
 
     def stale(self, positions: int | None = None) -> bool:
         """Whether the stem differs from the one whose weights are packed, or none are.
 
         Its few weights are always compared in full, whatever the number of ``positions``.
         """
-        return self._snapshot is None or self._snapshot.stale()
+        snapshot = self._snapshot
+        return snapshot is None or self._stem_parts() != self._made_for or snapshot.stale()
 
     def _checked(self, value: Tensor) -> Tensor:
         """``value``, a packed one; in a compiled program only as long as it is up to date."""
@@ -166,6 +175,11 @@ class DynamicBackbone(nn.Module):
     def _apply(self, *args, **kwargs) -> DynamicBackbone:
         self._fast_stem = self._snapshot = None
         return super()._apply(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> DynamicBackbone:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__ = DynamicBackbone.__getstate__(replica)  # its tensors are others
+        return replica
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_fast_stem": None, "_snapshot": None, "_key": None}
@@ -236,9 +250,7 @@ class DynamicBackbone(nn.Module):
 
     @runtime.setter
     def runtime(self, value: str) -> None:
-        if value not in sparse.RUNTIMES:
-            raise ValueError(f"runtime must be one of {', '.join(sparse.RUNTIMES)}, got {value!r}")
-        self._runtime = value
+        self._runtime = sparse.check_runtime(value)
         for block in self.blocks():
             block.runtime = value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,34 @@ from las_mm.models.snapshot import Snapshot, checked, watch
 from las_mm.network.block import BlockShape
 from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION
 
+# What a forward pass reads of the block beside its modules.
+_READ = (
+    "_mode",
+    "_granularity",
+    "_channel_granularity",
+    "_channel_position",
+    "norm1_name",
+    "norm2_name",
+    "norm3_name",
+    "conv1_stride",
+    "conv2_stride",
+    "stride",
+    "dilation",
+)
 _METHODS = ("forward", "_forward", "_decide", "_decide_positions", "_compute", "_gated", "_excite")
+
+
+def _setting(name: str) -> property:
+    """A setting of a block, checked like the constructor's whenever it is changed."""
+
+    def get(self):
+        return getattr(self, f"_{name}")
+
+    def set_(self, value) -> None:
+        self._check(name, value)
+        setattr(self, f"_{name}", value)
+
+    return property(get, set_)
 
 
 class DynamicBlock(nn.Module):
@@ -40,7 +68,8 @@ class DynamicBlock(nn.Module):
     ``conv2_stride``, ``stride``, ``dilation``, ``conv2``, ``relu`` and ``with_cp``.
 
     Attributes:
-        mode, granularity, channel_granularity, channel_position: See :class:`BlockSettings`.
+        mode, granularity, channel_granularity, channel_position: See :class:`BlockSettings`. They
+            may be changed as far as the maskers fit; :meth:`make_dynamic` makes others.
         runtime: See :class:`~las_mm.models.backbone.DynamicBackbone`.
         masker: Decides about patches or the whole block; ``None`` in other modes.
         masker_channel: Decides about channels; ``None`` in other modes.
@@ -49,7 +78,11 @@ class DynamicBlock(nn.Module):
         no_fast_form: Why the block runs masked-dense; ``None`` if it does not.
     """
 
-    runtime = "auto"
+    mode = _setting("mode")
+    granularity = _setting("granularity")
+    channel_granularity = _setting("channel_granularity")
+    channel_position = _setting("channel_position")
+    _runtime = "auto"
     input_hw: tuple[int, int] | None = None
 
     def make_dynamic(self, settings: BlockSettings) -> None:
@@ -58,10 +91,10 @@ class DynamicBlock(nn.Module):
         Raises:
             ValueError: ``channel_granularity`` does not divide the bottleneck's channels.
         """
-        self.mode = settings.mode
-        self.granularity = settings.granularity
-        self.channel_granularity = settings.channel_granularity
-        self.channel_position = settings.channel_position
+        self._mode = settings.mode
+        self._granularity = settings.granularity
+        self._channel_granularity = settings.channel_granularity
+        self._channel_position = settings.channel_position
         self.masker = SpatialMasker(self.in_channels) if settings.spatial else None
         self.masker_channel = None
         if settings.channel:
@@ -84,6 +117,38 @@ class DynamicBlock(nn.Module):
         self._snapshot: Snapshot | None = None
         self._made_for: tuple | None = None
         self._key: str | None = None
+
+    @property
+    def runtime(self) -> str:
+        """See the class."""
+        return self._runtime
+
+    @runtime.setter
+    def runtime(self, value: str) -> None:
+        self._runtime = sparse.check_runtime(value)
+
+    def _check(self, name: str, value: object) -> None:
+        """``name`` may become ``value``.
+
+        Raises:
+            ValueError: No value for a block, or the maskers are others than it needs.
+        """
+        wanted = replace(self.settings, **{name: value})
+        known = (self.masker is not None, self.masker_channel is not None)
+        if name == "mode" and (wanted.spatial, wanted.channel) != known:
+            raise ValueError(
+                f"mode cannot become {value!r}, which needs other maskers than the block has: call "
+                f"block.make_dynamic(BlockSettings(mode={value!r}, ...))"
+            )
+        masker = self.masker_channel
+        if name == "channel_granularity" and masker is not None:
+            size = self.mid_channels // masker.groups
+            if value != size:
+                raise ValueError(
+                    f"channel_granularity cannot become {value!r}, as the masker decides about "
+                    f"groups of {size} channels: call "
+                    f"block.make_dynamic(BlockSettings(channel_granularity={value!r}, ...))"
+                )
 
     @property
     def settings(self) -> BlockSettings:
@@ -170,19 +235,21 @@ class DynamicBlock(nn.Module):
             if self._snapshot is None:
                 raise RuntimeError(sparse.PREPARE_FIRST)
             return self._fast
-        if self.stale(positions):
-            self._made_for = self._settings()
+        # Another thread may call .eval() or .to() at any time, which forgets both.
+        fast, snapshot = self._fast, self._snapshot
+        if snapshot is None or self._settings() != self._made_for or snapshot.stale(positions):
+            made_for, fast, why = self._settings(), None, None
             try:
                 if self.runtime == "dense":
                     raise sparse.Unsupported("runtime='dense'")
-                self._fast = self._make_fast()
-                self.no_fast_form = None
+                fast = self._make_fast()
             except sparse.Unsupported as reason:
-                self._fast = None
-                self.no_fast_form = str(reason)
-            self._snapshot = Snapshot(self, packed=self._fast is not None)
+                why = str(reason)
+            snapshot = Snapshot(self, packed=fast is not None)
+            self._made_for, self.no_fast_form = made_for, why
+            self._fast, self._snapshot = fast, snapshot
             self._key = watch(self, self._key)
-        return None if self._snapshot.hooked() else self._fast
+        return None if snapshot.hooked() else fast
 
     def stale(self, positions: int | None = None) -> bool:
         """Whether the block differs from the one whose weights are packed, or none are.
@@ -190,8 +257,9 @@ class DynamicBlock(nn.Module):
         Args:
             positions: See :meth:`~las_mm.models.snapshot.Snapshot.stale`.
         """
-        fresh = self._snapshot is not None and self._settings() == self._made_for
-        return not fresh or self._snapshot.stale(positions)
+        snapshot = self._snapshot
+        fresh = snapshot is not None and self._settings() == self._made_for
+        return not fresh or snapshot.stale(positions)
 
     def checked(self, value: Tensor, x: Tensor) -> Tensor:
         """``value``, a packed one; in a compiled program only as long as it is up to date."""
@@ -204,12 +272,9 @@ class DynamicBlock(nn.Module):
         return (
             *[getattr(cls, name) for name in _METHODS],
             shadowed(self, _METHODS),
+            *map(self.__dict__.get, _READ),
             self.runtime,
-            self.mode,
-            self.granularity,
             self.masker,
-            self.channel_granularity,
-            self.channel_position,
             self.masker_channel,
         )
 
@@ -220,7 +285,8 @@ class DynamicBlock(nn.Module):
 
     def hooked_inside(self) -> bool:
         """Whether a module of this block has forward hooks, which may keep what they are given."""
-        return self._snapshot is not None and self._snapshot.hooked()
+        snapshot = self._snapshot
+        return snapshot is not None and snapshot.hooked()
 
     def train(self, mode: bool = True) -> DynamicBlock:
         """The parent's; the fast form is made anew, as weights may be swapped in between."""
@@ -321,6 +387,11 @@ class DynamicBlock(nn.Module):
         )
         areas = counts.new_tensor([math.prod(out_hw), math.prod(conv1_hw)])
         return mask, coarse, *(counts / areas).unbind(1)
+
+    def _replicate_for_data_parallel(self) -> DynamicBlock:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__ = DynamicBlock.__getstate__(replica)  # its tensors are others
+        return replica
 
     def __getstate__(self) -> dict:
         # Copies and pickles start without a record: it may hold the graph of a training step.

@@ -9,16 +9,21 @@ never heard of. What it does not know runs masked-dense, with the reason.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
+from mmengine.model.utils import _BatchNormXd
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as all_modules
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import flop_counter
+from torch.utils._device import DeviceContext
 
 from las_mm import ops
 
@@ -44,14 +49,21 @@ _NOT_COMPUTING = {
     "__weakref__",
     "_abc_impl",
     "_apply",
+    "_load_from_state_dict",
+    "_replicate_for_data_parallel",
+    "_version",
     "extra_repr",
     "init_weights",
     "make_dynamic",
+    "reset_parameters",
+    "reset_running_stats",
     "runtime",
     "train",
 }
 _MACHINERY = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 _known: dict[type, Mapping[str, object]] = {}
+# Held by norms; a property of that name computes something else, e.g. a parametrization.
+_OF_NORMS = ("weight", "bias", "running_mean", "running_var", "eps", "training", "momentum")
 # Classes of others that the ops stand for, beside those that are registered.
 _FOREIGN = (
     nn.Conv2d,
@@ -60,18 +72,35 @@ _FOREIGN = (
     nn.SyncBatchNorm,
     nn.ReLU,
     nn.MaxPool2d,
+    nn.AvgPool2d,
     nn.Identity,
     nn.Sequential,
     ResLayer,
     DropPath,
 )
 # (class, name, value) of what computes, as it was on import.
-_trusted: list[tuple[type, str, object]] = [
+_trusted: list[tuple[Any, str, object]] = [
     (cls, name, getattr(cls, name))
     for cls in _FOREIGN
     for name in ("forward", "_conv_forward", "__iter__", *_MACHINERY)
     if hasattr(cls, name)
 ]
+# Functions that the masked-dense form calls, and that people patch.
+_trusted += [
+    (owner, name, getattr(owner, name))
+    for owner, names in (
+        (F, "conv2d batch_norm relu relu_ max_pool2d avg_pool2d linear interpolate pad"),
+        (torch, "conv2d batch_norm relu relu_ max_pool2d addcmul sigmoid"),
+        (Tensor, "__add__ __mul__ __sub__ mean sum relu"),
+    )
+    for name in names.split()
+]
+# Modes under which operations are what they are: torch's FLOP counter has formulas for the ops.
+_HARMLESS = tuple(
+    getattr(flop_counter, name)
+    for name in ("FlopCounterMode", "_FlopCounterMode")
+    if hasattr(flop_counter, name)
+)
 
 
 class Unsupported(Exception):
@@ -90,9 +119,35 @@ def register(cls: type) -> type:
     _known[cls] = {name: inspect.getattr_static(cls, name, None) for name in (*names, *_MACHINERY)}
     for name in _known[cls]:
         value = getattr(cls, name)
-        if callable(value) or isinstance(value, property):
+        stable = getattr(cls, name) is value  # unlike a class method
+        if stable and (callable(value) or isinstance(value, property)):
             _trusted.append((cls, name, value))
     return cls
+
+
+for _norm in (nn.BatchNorm2d, nn.SyncBatchNorm, _BatchNormXd):
+    register(_norm)
+
+
+def foreign(x: Tensor) -> str | None:
+    """Why ``x`` may do something else than a tensor does, under the same operations."""
+    cls = type(x)
+    if cls is Tensor or cls is nn.Parameter:
+        return None if x.layout is torch.strided else f"its input has the layout {x.layout}"
+    if isinstance(x, FakeTensor):
+        return "fake tensors have no contents"
+    function = cls.__torch_function__
+    plain = function is torch._C._disabled_torch_function_impl or (
+        getattr(function, "__func__", None) is Tensor.__torch_function__.__func__
+        # These only say which of its operations give tensors of their kind.
+        or function.__module__.startswith("torchvision.tv_tensors")
+    )
+    if plain and getattr(cls, "__torch_dispatch__", None) in _NO_DISPATCH:
+        return None
+    return f"its input is a {cls.__name__}, which has operations of its own"
+
+
+_NO_DISPATCH = (None, getattr(Tensor, "__torch_dispatch__", None))
 
 
 def obstacle(x: Tensor) -> str | None:
@@ -110,9 +165,15 @@ def obstacle(x: Tensor) -> str | None:
             return "there are forward hooks for every module"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "torch.func or forward-mode differentiation is at work"
-    if isinstance(x, FakeTensor):
-        return "fake tensors have no contents"
-    return None
+    for i in range(torch._C._len_torch_function_stack()):
+        mode = type(torch._C._get_function_stack_at(i))
+        if mode is not DeviceContext:  # which chooses where new tensors are made
+            return f"a {mode.__name__} is at work"
+    for i in range(torch._C._len_torch_dispatch_stack()):
+        mode = type(torch._C._get_dispatch_stack_at(i))
+        if mode not in _HARMLESS:
+            return f"a {mode.__name__} is at work"
+    return foreign(x)
 
 
 def check_class(module: nn.Module, what: str) -> None:
@@ -133,6 +194,13 @@ def check_class(module: nn.Module, what: str) -> None:
         if inspect.getattr_static(cls, name, None) is not value:
             raise Unsupported(f"{what} is a {cls.__name__}, which has a {name} of its own")
     _check_instance(module, what)
+
+
+def unknown_bases(cls: type) -> Iterable[type]:
+    """``cls`` and its bases down to the first one that :func:`obstacle` watches by itself."""
+    if not any(base in _known for base in cls.__mro__):
+        return ()  # never packed
+    return itertools.takewhile(lambda base: base not in _known, cls.__mro__)
 
 
 def _check_instance(module: nn.Module, what: str) -> None:
@@ -159,8 +227,11 @@ def check_plain(module: nn.Module, what: str, *types: type) -> None:
         Unsupported: It is not.
     """
     if type(module) not in types:
-        names = " or ".join(t.__name__ for t in types)
-        raise Unsupported(f"{what} is {type(module).__name__}, not {names}")
+        short = type(module).__name__ not in [t.__name__ for t in types]
+        actual, *names = (
+            t.__name__ if short else f"{t.__module__}.{t.__name__}" for t in (type(module), *types)
+        )
+        raise Unsupported(f"{what} is {actual}, not {' or '.join(names)}")
     _check_instance(module, what)
 
 
@@ -177,12 +248,19 @@ def check_conv(conv: nn.Module, what: str, **wanted: object) -> None:
     """
     check_plain(conv, what, nn.Conv2d)
     assert isinstance(conv, nn.Conv2d)
-    for parameter in (conv.weight, conv.bias):  # e.g. quantised ones are subclasses
-        if type(parameter) not in (nn.Parameter, Tensor, type(None)):
-            raise Unsupported(f"{what} has a {type(parameter).__name__} for a parameter")
+    _check_tensors(what, conv.weight, conv.bias)
     for name, value in {"padding_mode": "zeros", **wanted}.items():
         if getattr(conv, name) != value:
             raise Unsupported(f"{what} has {name} {getattr(conv, name)}, not {value}")
+
+
+def _check_tensors(what: str, *tensors: object) -> None:
+    """None of ``tensors`` is of another kind, e.g. quantised."""
+    for tensor in tensors:
+        if type(tensor) not in (nn.Parameter, Tensor, type(None)):
+            raise Unsupported(f"{what} has a {type(tensor).__name__} for a parameter")
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise Unsupported(f"{what} has a parameter of layout {tensor.layout}")
 
 
 def check_norm(norm: nn.Module, what: str) -> None:
@@ -194,10 +272,15 @@ def check_norm(norm: nn.Module, what: str) -> None:
     _check_instance(norm, what)
     if type(norm) is nn.Identity:
         return
-    # mmengine and mmcv have BNs of their own that differ in what dimensions they accept.
-    forwards = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    if not isinstance(norm, _BatchNorm) or type(norm).forward not in forwards:
-        raise Unsupported(f"{what} is {type(norm).__name__}, not a BatchNorm")
+    # mmengine's accepts inputs of any dimensions.
+    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm, _BatchNormXd)):
+        raise Unsupported(f"{what} is {type(norm).__name__}, not a BatchNorm of maps")
+    check_class(norm, what)
+    for name in _OF_NORMS:
+        if hasattr(type(norm), name):
+            raise Unsupported(f"{what}, a {type(norm).__name__}, computes its {name}")
+    check_children(norm, _OF_NORMS + ("num_batches_tracked",))
+    _check_tensors(what, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if norm.running_mean is None:
         raise Unsupported(f"{what} has no running statistics")
     if norm.training:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from las_mm.network.block import CHANNEL_MASKERS, MODES
 
+MOST = 1024  # outputs along the side of a patch
 POSITIONS = ("after_act", "before_norm")
 
 
@@ -47,6 +48,11 @@ class BlockSettings:
                     f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}"
                 )
         _positive("granularity", self.granularity, "the side S of a patch in output pixels")
+        if self.granularity > MOST:
+            raise ValueError(
+                f"granularity must be at most {MOST}, got {self.granularity}: for one decision per "
+                "image use mode='layer'"
+            )
         _positive("channel_granularity", self.channel_granularity, "channels that share a decision")
         _positive("channel_reduction", self.channel_reduction, "the divisor of hidden channels")
         if self.channel_masker_layers not in (1, 2):

@@ -14,8 +14,18 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from las_mm import compat, ops
+from las_mm.models.coverage import unknown_bases
 from las_mm.ops.library import LIBRARY
 
+# What maskers have that is read each time, or not in eval mode.
+_FREE = dict(offset=None, temperature=None, noise=None, keep_bias=None)
+# What of a tensor can be changed through .data without any of the values in memory.
+_LAYOUT: tuple[Callable[[Tensor], object], ...] = (
+    Tensor.data_ptr,
+    Tensor.size,
+    Tensor.stride,
+    Tensor.dtype.__get__,
+)
 _UNPACKED = ("masker", "masker_channel")  # children whose own tensors the sparse path reads
 
 
@@ -35,7 +45,13 @@ class Snapshot:
             name: child for name, child in module._modules.items() if names is None or name in names
         }
         present = [child for child in children.values() if child is not None]
-        inside = [sub for child in present for sub in child.modules()]
+        # What a ScriptModule holds is no dict; a module that has one inside is never packed.
+        inside = [
+            sub
+            for child in present
+            for sub in child.modules()
+            if not isinstance(sub, torch.jit.ScriptModule)
+        ]
         self._own, self._children = module._modules, children
         stores = (s for sub in inside for s in (sub._modules, sub._parameters, sub._buffers))
         self._stores = [store for store in stores if store]
@@ -51,6 +67,15 @@ class Snapshot:
             and not value.is_inference()
             and name != "num_batches_tracked"
         ]
+        self._tensors = [
+            value for store in self._stores for value in store.values() if _laid_out(value)
+        ]
+        self._layouts = self._laid()
+        # Methods that are given to subclasses of known classes later.
+        self._classes = [
+            (vars(cls), dict(vars(cls)))
+            for cls in {cls for sub in (module, *inside) for cls in unknown_bases(type(sub))}
+        ]
         self._kinds = [(sub, type(sub), len(sub._modules)) for sub in (module, *inside)]
         # Settings, the mode, methods put over those of the class. What maskers hold beside layers
         # is read each time.
@@ -59,7 +84,9 @@ class Snapshot:
             (sub.__dict__, dict(sub.__dict__)) for sub in inside if sub not in maskers
         ]
         self._maskers = [
-            (masker.__dict__, masker.training, len(masker.__dict__)) for masker in maskers
+            (masker.__dict__, {**masker.__dict__, **_FREE})
+            for masker in maskers
+            if not isinstance(masker, torch.jit.ScriptModule)
         ]
         # A hook inside wants to see the training form's tensors.
         self._hooks = [
@@ -74,7 +101,7 @@ class Snapshot:
             return
         if ops.has_fingerprint(self._sources[0].device.type):
             self._fingerprints = ops.fingerprints(self._sources)
-            self.expected = torch.tensor(self._fingerprints)
+            self.expected = torch.tensor(self._fingerprints, device="cpu")
         else:
             self._fingerprints = [*ops.fingerprint(self._sources)]
             self._samples = _Samples(self._sources)
@@ -84,6 +111,10 @@ class Snapshot:
         """Every module, parameter and buffer that is there now, in a fixed order."""
         own = map(self._own.get, self._children)
         return [*own, *itertools.chain.from_iterable(map(dict.values, self._stores))]
+
+    def _laid(self) -> list[object]:
+        """Memory, shapes, strides and dtypes of all tensors, in C for speed."""
+        return [value for read in _LAYOUT for value in map(read, self._tensors)]
 
     def hooked(self) -> bool:
         """Whether a module inside has forward hooks, which only the training form calls."""
@@ -109,14 +140,19 @@ class Snapshot:
         for sub, cls, children in self._kinds:
             if type(sub) is not cls or len(sub._modules) != children:
                 return True
-        for masker, training, count in self._maskers:
-            if masker["training"] is not training or len(masker) != count:
-                return True
         try:
+            if self._laid() != self._layouts:
+                return True
+            for now, before in self._maskers:
+                if {**now, **_FREE} != before:
+                    return True
+            for namespace, before in self._classes:
+                if namespace != before:
+                    return True
             for now, before in self._attributes:
                 if now != before:
                     return True
-        except Exception:  # a tensor or an array was put in the place of another
+        except Exception:  # a tensor or an array was put in the place of another, or has no memory
             return True
         if not self._sources or _capturing(self._sources[0]):
             return False
@@ -139,6 +175,16 @@ class Snapshot:
         return (samples, values) != (known[0], known[2 + part])
 
 
+def _laid_out(value: object) -> bool:
+    """Whether ``value`` is a tensor with memory and strides."""
+    if not isinstance(value, Tensor):
+        return False
+    try:
+        return all(read(value) is not None for read in _LAYOUT)
+    except Exception:  # of another layout or back end; its module is not packed
+        return False
+
+
 class _Samples:
     """Samples of tensors on a device whose memory is not read without waiting for it.
 
@@ -148,17 +194,12 @@ class _Samples:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = [(tensor, tensor.data_ptr()) for tensor in tensors]
         self.large = [ops.sample_view(tensor) for tensor in tensors if tensor.dim() > 1]
         self.small = [ops.sample_view(tensor) for tensor in tensors if tensor.dim() <= 1]
         self.of_large, self.of_small = (
             torch.cat(views) if views else tensors[0].new_empty(0, dtype=torch.int32)
             for views in (self.large, self.small)
         )
-
-    def moved(self) -> bool:
-        """Whether a tensor was given other memory."""
-        return any(tensor.data_ptr() != before for tensor, before in self._tensors)
 
 
 def changed(snapshots: Sequence[Snapshot], turn: int) -> bool:
@@ -172,8 +213,6 @@ def changed(snapshots: Sequence[Snapshot], turn: int) -> bool:
     every = [s._samples for s in snapshots if s._samples is not None]
     if not every:
         return False
-    if any(samples.moved() for samples in every):
-        return True
     one = every[turn % len(every)]
     now = torch.cat([view for samples in every for view in samples.large] + one.small)
     return not torch.equal(now, torch.cat([*(s.of_large for s in every), one.of_small]))

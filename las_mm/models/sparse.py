@@ -34,11 +34,20 @@ from las_mm.models.coverage import (
 from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
 from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION
 
-PREPARE_FIRST = (
-    "the fast form has to exist before torch.compile or torch.export: call "
-    "las_mm.prepare(model.eval()) first"
-)
 RUNTIMES = ("auto", "sparse", "dense")
+
+
+def check_runtime(value: object) -> str:
+    """``value``, one of :data:`RUNTIMES`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if value not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {value!r}")
+    return str(value)
+
+
 _masked_dense = False  # set by masked_dense()
 
 
@@ -463,6 +472,7 @@ def _excitation_of(block: nn.Module) -> list[Tensor] | None:
     return [weight.float().clone() for weight in weights]
 
 
+_POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.Identity)
 _POINTWISE = dict(kernel_size=(1, 1), padding=(0, 0), groups=1)
 
 
@@ -518,10 +528,32 @@ def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
         check_plain(block.downsample, "its shortcut", nn.Sequential)
         if len(block.downsample) < 2:
             raise Unsupported("its shortcut is no convolution followed by a norm")
+        for pool in list(block.downsample)[:-2]:  # run before conv1, so it must leave x alone
+            check_plain(pool, "what precedes its shortcut's convolution", *_POOLS)
         stride = (first * second,) * 2 if len(block.downsample) == 2 else (1, 1)
         last = tuple(block.downsample)[-2:]
         parts.append((*last, "the shortcut's convolution", dict(_POINTWISE, stride=stride)))
-    return [(*fold(conv, norm, what, **wanted), conv.groups) for conv, norm, what, wanted in parts]
+    folded = [
+        (*fold(conv, norm, what, **wanted), conv.groups) for conv, norm, what, wanted in parts
+    ]
+    _check_widths(block, [len(weight) for weight, _, _ in folded])
+    return folded
+
+
+def _check_widths(block: nn.Module, widths: list[int]) -> None:
+    """The ops take blocks of one width, which pruning may change."""
+    if widths[0] != widths[1]:
+        raise Unsupported(f"conv1 and conv2 put out {widths[0]} and {widths[1]} channels")
+    if len(widths) == 4 and widths[2] != widths[3]:
+        raise Unsupported(f"conv3 and the shortcut put out {widths[2]} and {widths[3]} channels")
+    masker = block.masker_channel
+    if masker is not None and masker.groups * block.channel_granularity != widths[0]:
+        raise Unsupported(
+            f"its masker decides about {masker.groups} groups of {block.channel_granularity} "
+            f"channels, of {widths[0]}"
+        )
+    if block.stride != block.conv1_stride * block.conv2_stride:
+        raise Unsupported(f"its stride is {block.stride}, other than that of its convolutions")
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from las_mm import compat
 from las_mm.models.block import DynamicBlock
-from las_mm.models.coverage import in_format, is_channels_last, shadowed
+from las_mm.models.coverage import foreign, in_format, is_channels_last, shadowed
 from las_mm.models.snapshot import has_hooks
 
 
@@ -39,10 +39,16 @@ class Stream:
         self._channels_last = channels_last
         self._observe = observe
         self._mine = False
+        self._out: Tensor | None = None
 
     def output(self) -> Tensor:
-        """The features as dense convolutions would have put them out."""
-        return in_format(self.x, self._channels_last)
+        """The features as dense convolutions would have put them out, always the same tensor.
+
+        A module that works in place changes what was given out before, as it does without las_mm.
+        """
+        if self._out is None:
+            self._out = in_format(self.x, self._channels_last)
+        return self._out
 
     def run(self, module: nn.Module) -> None:
         """Run a stage, whose input someone else may keep."""
@@ -64,18 +70,20 @@ class Stream:
             self._observe(module)
 
     def _run_block(self, block: DynamicBlock) -> None:
-        fast = block.fast_for(self.x)
+        # A module before may have put out a tensor with operations of its own.
+        known = compat.is_compiling() or foreign(self.x) is None
+        fast = block.fast_for(self.x) if known else None
         if fast is None:
             self._run_dense(block)
             return
         self._channels_last |= fast.channels_last
-        self.x = fast(block, self.x, self._mine)
+        self.x, self._out = fast(block, self.x, self._mine), None
         # A hook inside may have kept the output.
         kept = block.hooked_inside()
         self._mine = compat.COMPILES_MUTATION if compat.is_compiling() else not kept
 
     def _run_dense(self, module: nn.Module) -> None:
-        self.x = module(self.output())
+        self.x, self._out = module(self.output()), None
         if self.x.dim() == 4:
             self._channels_last = is_channels_last(self.x)
         self._mine = False

@@ -24,6 +24,10 @@ MANY_POSITIONS = (
     2048  # of a block's outputs, from which on reading all its weights costs less than 1 %
 )
 PARTS = 256
+PREPARE_FIRST = (
+    "the fast form has to exist before torch.compile or torch.export: call "
+    "las_mm.prepare(model.eval()) first"
+)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 LIBRARY.define("fingerprint(Tensor[] tensors, int part, int parts) -> (int, int)")
@@ -57,6 +61,12 @@ def _unchanged_reference(
 
 LIBRARY.impl("fingerprint", _fingerprint_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("unchanged", _unchanged_reference, "CompositeExplicitAutograd")
+
+
+@compat.register_fake("las_mm::fingerprint", lib=LIBRARY)
+def _fingerprint_fake(tensors: Sequence[Tensor], part: int, parts: int) -> tuple[int, int]:
+    # torch.compile takes packing apart where the error of a first frame sent it to Python.
+    raise RuntimeError(PREPARE_FIRST)
 
 
 @compat.register_fake("las_mm::unchanged", lib=LIBRARY)

@@ -42,6 +42,9 @@ struct Avx512 {
   static inline Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static inline Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static inline Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static inline Reg max_nan(Reg a, Reg b) {  // a NaN in a is lost in max
+    return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+  }
   static inline Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static inline float sum(Reg r) { return _mm512_reduce_add_ps(r); }
   static inline void compress(const char* in, uint16_t wanted, char* out) {

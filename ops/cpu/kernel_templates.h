@@ -3,8 +3,8 @@
 // file wraps it in an anonymous namespace), so no instance leaks into another instruction set.
 //
 // V has: kLanes, kRows (rows of a tile), kVectors (registers per row of a tile), Reg, zero, set1,
-// load/store of float and bf16 with a partial form for n < kLanes values, add, sub, mul, max, fma,
-// sum, compress (16 columns of 4 bytes, those of the bits set first); and Bf16Step, how a pair of bfloat16 channels is multiplied.
+// load/store of float and bf16 with a partial form for n < kLanes values, add, sub, mul, max, max_nan (a
+// NaN in either operand stays), fma, sum, compress (16 columns of 4 bytes, those of the bits set first); and Bf16Step, how a pair of bfloat16 channels is multiplied.
 
 // One step along the input channels for element type T: a value, or a pair of bfloat16.
 template <typename V, typename T>
@@ -276,7 +276,7 @@ template <typename V, typename T>
 void max_rows(const T* const* rows, int count, int64_t channels, T* out) {
   LAS_MM_FOR_LANES(c, n, channels) {
     typename V::Reg value = load_lanes<V>(rows[0] + c, n);
-    for (int i = 1; i < count; ++i) value = V::max(value, load_lanes<V>(rows[i] + c, n));
+    for (int i = 1; i < count; ++i) value = V::max_nan(value, load_lanes<V>(rows[i] + c, n));
     store_lanes<V>(out + c, value, n);
   }
 }

@@ -71,6 +71,12 @@ struct Vector {
     return Reg{a[0] > b[0] ? a[0] : b[0], a[1] > b[1] ? a[1] : b[1], a[2] > b[2] ? a[2] : b[2],
                a[3] > b[3] ? a[3] : b[3]};
   }
+  static inline Reg max_nan(Reg a, Reg b) {  // a NaN in a is lost in max
+    const Reg most = max(a, b);
+    Reg result;
+    for (int i = 0; i < kLanes; ++i) result[i] = a[i] != a[i] ? a[i] : most[i];
+    return result;
+  }
   static inline float sum(Reg r) { return (r[0] + r[1]) + (r[2] + r[3]); }
   static inline void compress(const char* in, uint16_t wanted, char* out) {
     for (int i = 0; i < cpu::kLanes; ++i) {  // without a branch: masks are not predictable
