@@ -92,7 +92,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
 
     out = skip(convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1), 0)
     if a.winograd is not None and not a.weights[1].numel():
-        out = bottleneck._winograd(out, a.winograd, a.biases[1])
+        out = bottleneck.winograd_reference(out, a.winograd, a.biases[1])
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = skip(out, 1)

@@ -93,6 +93,46 @@ def _channel_bottleneck(
     return _bottleneck(x, mask, weights, biases, channel_mask=channel_mask, **given)
 
 
+def _basic(
+    x: Tensor,
+    mask: Tensor | None,
+    shortcut: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    geometry: Sequence[int],
+    plan: Sequence[float],
+    **_: Any,
+) -> int:
+    granularity, stride, _dilation = geometry
+    images, c_in = x.shape[:2]
+    hidden, c_out = biases[0].numel(), biases[1].numel()
+    size = [ceil_div(n, stride) for n in x.shape[2:]]
+    kept, halo = _positions(mask, images, size, granularity, 1, 1)
+    total = int((halo * c_in + kept * c_out).sum()) * 9 * hidden
+    if len(biases) == 3:  # the shortcut's convolution is computed everywhere
+        total += (
+            images * size[0] * size[1] * (c_in if shortcut is None else shortcut.shape[1]) * c_out
+        )
+    return 2 * total
+
+
+def _dense_layer(
+    buffer: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    granularity: int,
+    winograd_cost: float,
+    **_: Any,
+) -> int:
+    c_in, hidden, growth = (vectors[i].numel() for i in (0, 2, 3))
+    kept, halo = _positions(mask, buffer.shape[0], buffer.shape[2:], granularity, 1, 1)
+    return 2 * hidden * int((halo * c_in + kept * 9 * growth).sum())
+
+
 def _spatial_mask(x: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
     return 2 * out_val[0].numel() * x.shape[1] * 2  # two logits per patch
 
@@ -157,6 +197,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_bottleneck_": _bottleneck,
     "channel_bottleneck": _channel_bottleneck,
     "channel_bottleneck_": _channel_bottleneck,
+    "sparse_basic": _basic,
+    "sparse_basic_": _basic,
+    "sparse_dense_layer_": _dense_layer,
     "spatial_mask": _spatial_mask,
     "channel_mask": _channel_mask,
     "conv_pool_stem": _conv_pool_stem,

@@ -81,6 +81,23 @@ void check_gather_conv3x3(const at::Tensor& hidden, const at::Tensor& mask,
   check_positions(hidden.size(0) * hidden.size(2) * hidden.size(3), "hidden");
 }
 
+void check_conv3x3(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                   const std::vector<at::Tensor>& winograd, size_t i, int64_t in, int64_t out,
+                   bool tiled) {
+  const std::string tiles = "winograd[" + std::to_string(i) + "]";
+  const bool has_tiles = !winograd.empty() && winograd[i].numel() > 0;
+  if (has_tiles) {
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && tiled, tiles,
+                      " must be empty unless the convolution is float32 with stride and dilation "
+                      "1, got ",
+                      x.scalar_type());
+    check_packed(winograd[i], tiles, out, in, kTile, 1, x);
+  }
+  if (!has_tiles || weights[i].numel() > 0) {
+    check_packed(weights[i], "weights[" + std::to_string(i) + "]", out, in, 9, 1, x);
+  }
+}
+
 void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
                                const at::Tensor& mask, const at::Tensor& weight,
                                const at::Tensor& bias, int64_t granularity) {

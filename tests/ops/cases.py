@@ -19,7 +19,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from las_mm import ops
-from las_mm.ops import bottleneck, channels, convolution, maps, masks, packing
+from las_mm.ops import (
+    basic,
+    bottleneck,
+    channels,
+    convolution,
+    dense_layer,
+    maps,
+    masks,
+    packing,
+)
 
 SCALE = float(os.environ.get("LAS_MM_HYPOTHESIS_SCALE", 1))
 SANITIZED = "LAS_MM_SANITIZE" in os.environ
@@ -30,6 +39,9 @@ GUARD = 4096.0  # lies in storage beside what an op may touch
 REFERENCES = {
     "sparse_bottleneck": bottleneck._reference,
     "sparse_bottleneck_": bottleneck._reference_,
+    "sparse_basic": basic._reference,
+    "sparse_basic_": basic._reference_,
+    "sparse_dense_layer_": dense_layer._reference,
     "channel_bottleneck": channels._reference,
     "channel_bottleneck_": channels._reference_,
     "channel_mask": channels._channel_mask_reference,
