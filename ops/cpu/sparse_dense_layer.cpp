@@ -93,8 +93,8 @@ class DenseLayer {
                       T** out = const_cast<T**>(in) + (hi - lo);
                       for (int64_t i = 0; i < hi - lo; ++i) {
                         const int64_t index = w_.halo[lo + i];
-                        normalise(map_.data + index * map_.pitch, vector(0), vector(1), s_.c_in,
-                                  normalised + i * row);
+                        const T* from = map_.data + index * map_.pitch;
+                        normalise(&from, 1, vector(0), vector(1), s_.c_in, normalised + i * row);
                         in[i] = normalised + i * row;
                         out[i] = hidden + index * pitch;
                       }
