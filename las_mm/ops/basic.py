@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -247,12 +247,14 @@ def convolve3x3(
     return winograd_reference(x, winograd[i], bias)
 
 
-def _reference(x: Tensor, *arguments) -> Tensor:
-    a = _arguments(*arguments)
+def reference(
+    x: Tensor, a: _Arguments, skip: Callable[[Tensor], Tensor] = lambda hidden: hidden
+) -> Tensor:
+    """The block in plain PyTorch; ``skip`` may change conv1's outputs."""
     size, pack = _check(x, a), a.pack
     forms = pack.weights, pack.winograd
-    out = convolve3x3(x, *forms, 0, pack.biases[0], pack.stride, pack.dilation).relu().to(x.dtype)
-    out = convolve3x3(out, *forms, 1, pack.biases[1], 1, 1)
+    out = convolve3x3(x, *forms, 0, pack.biases[0], pack.stride, pack.dilation).relu()
+    out = convolve3x3(skip(out).to(x.dtype), *forms, 1, pack.biases[1], 1, 1)
     if a.mask is not None:
         kept = expand(a.mask, "mask", size, a.granularity)
         out = torch.where(kept, out, out.new_zeros(()))
@@ -263,6 +265,10 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     else:
         side = convolve(x, pack.weights[2], pack.biases[2], 1, pack.stride, 1, 1)
     return (out + side).relu().to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _reference(x: Tensor, *arguments) -> Tensor:
+    return reference(x, _arguments(*arguments))
 
 
 def _check_in_place(a: _Arguments) -> None:

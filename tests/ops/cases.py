@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from las_mm import ops
 from las_mm.ops import (
     basic,
+    basic_channels,
     bottleneck,
     channels,
     convolution,
@@ -45,6 +46,8 @@ REFERENCES = {
     "sparse_dense_layer_": dense_layer._reference,
     "channel_bottleneck": channels._reference,
     "channel_bottleneck_": channels._reference_,
+    "channel_basic": basic_channels._reference,
+    "channel_basic_": basic_channels._reference_,
     "channel_mask": channels._channel_mask_reference,
     "channel_mean": channels._channel_mean_reference,
     "dense_transition_": dense_transition._reference,
