@@ -17,6 +17,7 @@ namespace las_mm::cpu {
 namespace {
 
 constexpr int64_t kNormalised = 1 << 18;  // bytes of a chunk, a quarter of the second-level cache
+constexpr int64_t kRowsAhead = 4;         // that are fetched
 constexpr int64_t kFewestRows = 24;       // that a panel's weights are read for
 
 MaskGeometry geometry(const DenseLayerArguments& a, const DenseLayerShape& s) {
@@ -94,6 +95,8 @@ class DenseLayer {
                       for (int64_t i = 0; i < hi - lo; ++i) {
                         const int64_t index = w_.halo[lo + i];
                         const T* from = map_.data + index * map_.pitch;
+                        const int64_t next = w_.halo[std::min(lo + i + kRowsAhead, hi - 1)];
+                        prefetch(map_.data + next * map_.pitch, s_.c_in);
                         normalise(&from, 1, vector(0), vector(1), s_.c_in, normalised + i * row);
                         in[i] = normalised + i * row;
                         out[i] = hidden + index * pitch;
