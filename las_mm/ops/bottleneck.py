@@ -160,7 +160,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     size = _check(x, a)
     out = convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1).relu().to(x.dtype)
     if a.winograd is not None and not a.weights[1].numel():
-        out = _winograd(out, a.winograd, a.biases[1])
+        out = winograd_reference(out, a.winograd, a.biases[1])
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = out.relu().to(x.dtype)
@@ -201,7 +201,7 @@ def _excite(x: Tensor, kept: Tensor | None, weights: Sequence[Tensor]) -> Tensor
     return (x * scale[:, :, None, None]).to(x.dtype)
 
 
-def _winograd(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+def winograd_reference(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
     """F(2x2, 3x3) by its definition, arXiv 1509.09308, equation 8."""
     transformed = unpack_conv(packed, bias.numel(), x.shape[1], 16, 1).unflatten(2, (4, 4))
     b = x.new_tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])

@@ -49,21 +49,32 @@ class _Arguments(NamedTuple):
         return bottleneck._Arguments(**values)
 
 
-def _check(x: Tensor, a: _Arguments) -> list[int]:
-    """Raise ValueError as ops/cpu/channel_bottleneck.cpp does; return (H, W) of the output."""
-    size = bottleneck._check(x, a.without_channels)
-    width, shape = a.biases[0].numel(), a.channel_mask.shape
+def check_channel_mask(mask: Tensor, x: Tensor, width: int) -> None:
+    """Raise ValueError unless ``mask`` decides about groups of ``width`` channels per image."""
+    shape = mask.shape
     if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] <= 0 or width % shape[1]:
         raise ValueError(
             f"channel_mask must have shape ({x.shape[0]}, k) with k dividing {width} channels, "
             f"got {list(shape)}"
         )
-    if a.channel_mask.dtype not in MASK_DTYPES:
-        raise ValueError(
-            f"channel_mask must be bool, uint8 or floating point, got {a.channel_mask.dtype}"
-        )
-    if a.channel_mask.device != x.device:
-        raise ValueError(f"channel_mask must be on {x.device}, got {a.channel_mask.device}")
+    if mask.dtype not in MASK_DTYPES:
+        raise ValueError(f"channel_mask must be bool, uint8 or floating point, got {mask.dtype}")
+    if mask.device != x.device:
+        raise ValueError(f"channel_mask must be on {x.device}, got {mask.device}")
+
+
+def wanted_channels(mask: Tensor, width: int) -> Tensor:
+    """Decision per channel, bool (N, width, 1, 1); ValueError if the mask is not finite."""
+    if mask.is_floating_point() and not mask.isfinite().all():
+        raise ValueError("channel_mask must be finite, got NaN or infinity")
+    return (mask > 0.5).repeat_interleave(width // mask.shape[1], 1)[:, :, None, None]
+
+
+def _check(x: Tensor, a: _Arguments) -> list[int]:
+    """Raise ValueError as ops/cpu/channel_bottleneck.cpp does; return (H, W) of the output."""
+    size = bottleneck._check(x, a.without_channels)
+    width = a.biases[0].numel()
+    check_channel_mask(a.channel_mask, x, width)
     if a.constants is not None:
         if len(a.constants) != 2:
             raise ValueError(
@@ -81,10 +92,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     a = _Arguments(*arguments)
     size = _check(x, a)
     width = a.biases[0].numel()
-    wanted = a.channel_mask
-    if wanted.is_floating_point() and not wanted.isfinite().all():
-        raise ValueError("channel_mask must be finite, got NaN or infinity")
-    wanted = (wanted > 0.5).repeat_interleave(width // wanted.shape[1], 1)[:, :, None, None]
+    wanted = wanted_channels(a.channel_mask, width)
 
     def skip(out: Tensor, which: int) -> Tensor:
         constant = out.new_zeros(width) if a.constants is None else a.constants[which]
@@ -92,7 +100,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
 
     out = skip(convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1), 0)
     if a.winograd is not None and not a.weights[1].numel():
-        out = bottleneck._winograd(out, a.winograd, a.biases[1])
+        out = bottleneck.winograd_reference(out, a.winograd, a.biases[1])
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = skip(out, 1)

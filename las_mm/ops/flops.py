@@ -35,6 +35,12 @@ def _positions(
     return kept, halo
 
 
+def _wanted(channel_mask: Tensor, width: int) -> Tensor:
+    """1 for each wanted one of ``width`` channels of each image, else 0; (N, width) float64."""
+    decisions = (channel_mask.detach().cpu().double() > 0.5).double()
+    return decisions.repeat_interleave(width // decisions.shape[1], dim=1)
+
+
 def _products(weights: Sequence[Tensor] | None) -> int:
     """Multiply-accumulates for one image of fully connected layers among weights and biases."""
     return sum(weight.numel() for weight in weights or () if weight.dim() == 2)
@@ -65,8 +71,7 @@ def _bottleneck(
     wanted = torch.full((images,), float(width), dtype=torch.float64)
     pairs = wanted * (width // groups)  # input and output channels of conv2 that meet
     if channel_mask is not None:
-        decisions = (channel_mask.detach().cpu().double() > 0.5).double()
-        each = decisions.repeat_interleave(width // decisions.shape[1], dim=1)
+        each = _wanted(channel_mask, width)
         wanted = each.sum(1)
         pairs = each.unflatten(1, (groups, -1)).sum(2).square().sum(1)
     macs = halo * c_in * wanted + kept * 9 * pairs + kept * wanted * c_out
@@ -91,6 +96,74 @@ def _channel_bottleneck(
     names = ("winograd", "shortcut", "granularity", "strides", "dilation", "groups")
     given = dict(zip((*names, "winograd_cost", "excitation"), rest), **keywords)
     return _bottleneck(x, mask, weights, biases, channel_mask=channel_mask, **given)
+
+
+def _basic(
+    x: Tensor,
+    mask: Tensor | None,
+    shortcut: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    geometry: Sequence[int],
+    plan: Sequence[float],
+    channel_mask: Tensor | None = None,
+    **_: Any,
+) -> int:
+    granularity, stride, _dilation = geometry
+    images, c_in = x.shape[:2]
+    hidden, c_out = biases[0].numel(), biases[1].numel()
+    size = [ceil_div(n, stride) for n in x.shape[2:]]
+    kept, halo = _positions(mask, images, size, granularity, 1, 1)
+    wanted = torch.full((images,), float(hidden), dtype=torch.float64)
+    if channel_mask is not None:
+        wanted = _wanted(channel_mask, hidden).sum(1)
+    total = 9 * int(((halo * c_in + kept * c_out) * wanted).sum())
+    if len(biases) == 3:  # the shortcut's convolution is computed everywhere
+        total += (
+            images * size[0] * size[1] * (c_in if shortcut is None else shortcut.shape[1]) * c_out
+        )
+    return 2 * total
+
+
+def _channel_basic(
+    x: Tensor,
+    mask: Tensor | None,
+    channel_mask: Tensor,
+    shortcut: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    constants: Tensor | None,
+    geometry: Sequence[int],
+    winograd_cost: float,
+    **_: Any,
+) -> int:
+    lists = weights, biases, winograd, []
+    return _basic(x, mask, shortcut, *lists, geometry, [], channel_mask=channel_mask)
+
+
+def _dense_layer(
+    buffer: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    granularity: int,
+    winograd_cost: float,
+    **_: Any,
+) -> int:
+    c_in, hidden, growth = (vectors[i].numel() for i in (0, 2, 3))
+    kept, halo = _positions(mask, buffer.shape[0], buffer.shape[2:], granularity, 1, 1)
+    return 2 * hidden * int((halo * c_in + kept * 9 * growth).sum())
+
+
+def _dense_transition(
+    out: Tensor, buffer: Tensor, weight: Tensor, vectors: Sequence[Tensor], **_: Any
+) -> int:
+    outputs = out.shape[0] * out.shape[2] * out.shape[3]
+    return 2 * outputs * vectors[0].numel() * vectors[2].numel()
 
 
 def _spatial_mask(x: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
@@ -157,6 +230,12 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_bottleneck_": _bottleneck,
     "channel_bottleneck": _channel_bottleneck,
     "channel_bottleneck_": _channel_bottleneck,
+    "sparse_basic": _basic,
+    "sparse_basic_": _basic,
+    "channel_basic": _channel_basic,
+    "channel_basic_": _channel_basic,
+    "sparse_dense_layer_": _dense_layer,
+    "dense_transition_": _dense_transition,
     "spatial_mask": _spatial_mask,
     "channel_mask": _channel_mask,
     "conv_pool_stem": _conv_pool_stem,

@@ -225,8 +225,15 @@ void winograd_input(const float* tile, int64_t row_stride, int64_t column_stride
 }
 
 template <typename V>
+inline void store_output(const TileTarget& to, int q, int64_t c, int64_t n, typename V::Reg value) {
+  if (to.out[q] == nullptr) return;
+  if (to.residual) value = V::add(value, load_lanes<V>(to.residual[q] + to.column + c, n));
+  store_lanes<V>(to.out[q] + to.column + c, to.relu ? relu<V>(value) : value, n);
+}
+
+template <typename V>
 void winograd_output(const float* in, int64_t in_stride, int64_t channels, const float* bias,
-                     float* out, int64_t out_stride) {
+                     const TileTarget& to) {
   using Reg = typename V::Reg;
   LAS_MM_FOR_LANES(c, n, channels) {
     Reg rows[2][4];
@@ -244,19 +251,19 @@ void winograd_output(const float* in, int64_t in_stride, int64_t channels, const
       const Reg* d = rows[y];
       const Reg left = V::add(V::add(V::add(d[0], d[1]), d[2]), shift);
       const Reg right = V::add(V::sub(V::sub(d[1], d[2]), d[3]), shift);
-      store_lanes<V>(out + 2 * y * out_stride + c, relu<V>(left), n);
-      store_lanes<V>(out + (2 * y + 1) * out_stride + c, relu<V>(right), n);
+      store_output<V>(to, 2 * y, c, n, left);
+      store_output<V>(to, 2 * y + 1, c, n, right);
     }
   }
 }
 
 template <typename V, typename T>
-float dot(const T* x, int64_t positions, int64_t channels, const float* weight) {
+float dot(const T* x, int64_t positions, int64_t stride, int64_t channels, const float* weight) {
   constexpr int kChains = 4;  // independent sums hide the latency of fma
   typename V::Reg sums[kChains];
   for (auto& sum : sums) sum = V::zero();
   const int64_t whole = channels - channels % (kChains * V::kLanes);
-  for (int64_t i = 0; i < positions; ++i, x += channels) {
+  for (int64_t i = 0; i < positions; ++i, x += stride) {
     for (int64_t c = 0; c < whole; c += kChains * V::kLanes) {
 #pragma GCC unroll 4
       for (int j = 0; j < kChains; ++j) {
@@ -332,11 +339,26 @@ void scale_channels(T* x, const float* scale, int64_t channels) {
   }
 }
 
+template <typename V, typename T>
+void norm_relu(const T* const* rows, int count, const float* scale, const float* shift,
+               int64_t channels, T* out) {
+  const typename V::Reg share = V::set1(1.0f / static_cast<float>(count));
+  LAS_MM_FOR_LANES(c, n, channels) {
+    const typename V::Reg a = load_lanes<V>(scale + c, n), b = load_lanes<V>(shift + c, n);
+    typename V::Reg sum = relu<V>(V::fma(load_lanes<V>(rows[0] + c, n), a, b));
+    for (int i = 1; i < count; ++i) {
+      sum = V::add(sum, relu<V>(V::fma(load_lanes<V>(rows[i] + c, n), a, b)));
+    }
+    store_lanes<V>(out + c, V::mul(sum, share), n);
+  }
+}
+
 template <typename V>
 constexpr Kernels make_kernels() {
   return {&panel<V, float>,    &panel<V, bf16>,       &winograd_input<V>,
           &winograd_output<V>, &dot<V, float>,        &dot<V, bf16>,
           &max_rows<V, float>, &max_rows<V, bf16>, &select_columns<V>,
           &sum_positions<V, float>, &sum_positions<V, bf16>,
-          &scale_channels<V, float>, &scale_channels<V, bf16>};
+          &scale_channels<V, float>, &scale_channels<V, bf16>,
+          &norm_relu<V, float>, &norm_relu<V, bf16>};
 }
