@@ -11,6 +11,7 @@ from las_mm.models.activation import (  # noqa: E402
     collect_activations,
     find_dynamic_backbone,
 )
+from las_mm.models.basic import DynamicBasicBlock  # noqa: E402
 from las_mm.models.bottleneck import DynamicBottleneck  # noqa: E402
 from las_mm.models.distill import DistilledClassifier  # noqa: E402
 from las_mm.models.flops import flops_report  # noqa: E402
@@ -22,6 +23,7 @@ __all__ = [
     "Activation",
     "ChannelMasker",
     "DistilledClassifier",
+    "DynamicBasicBlock",
     "DynamicBottleneck",
     "LASRegNet",
     "LASResNet",
