@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from conftest import load_tool
+from las_mm import drawn_masks as masks
 from las_mm import preflight
-from las_mm.benchmark import contest, cuda_engines, engines, masks, report
+from las_mm.benchmark import contest, cuda_engines, engines, report
 from las_mm.benchmark.contest import Contestant
 from las_mm.benchmark.subject import fold_batchnorm, load_candidate, randomize
 from las_mm.cli import benchmark as command

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import load_tool
-from las_mm.benchmark import masks, roofline
+from las_mm import drawn_masks as masks
+from las_mm.benchmark import roofline
 from las_mm.benchmark.roofline import GPUS, Gpu, Kernel
 from las_mm.latency import BottleneckShape, resnet_shape
 from las_mm.models.flops import count_macs

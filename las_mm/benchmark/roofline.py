@@ -281,7 +281,7 @@ def mask_shares(
 
     Args:
         shapes: The blocks.
-        masks: As :func:`las_mm.benchmark.masks.draw_masks` returns them.
+        masks: As :func:`las_mm.drawn_masks.draw_masks` returns them.
     """
     rates, halos = [], []
     for block, mask in zip(shapes, masks):

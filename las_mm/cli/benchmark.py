@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
+from las_mm import drawn_masks as masks
 from las_mm import ops
-from las_mm.benchmark import cuda_engines, engines, masks, report
+from las_mm.benchmark import cuda_engines, engines, report
 from las_mm.benchmark.subject import DTYPES
 from las_mm.cli.benchmark_contest import benchmark, memory_child
 from las_mm.cli.output import Output

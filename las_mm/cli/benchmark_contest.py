@@ -14,7 +14,8 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from las_mm.benchmark import contest, engines, masks, report, roofline
+from las_mm import drawn_masks as masks
+from las_mm.benchmark import contest, engines, report, roofline
 from las_mm.benchmark.subject import Candidate, Subject, load_candidate, make_subject
 from las_mm.benchmark.whole_model import build_whole
 from las_mm.errors import UserError

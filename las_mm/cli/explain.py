@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from mmengine.model import revert_sync_batchnorm
 
-from las_mm.benchmark.masks import load_images
 from las_mm.benchmark.subject import DTYPES
 from las_mm.checkpoints import load_weights
 from las_mm.cli.output import Output
 from las_mm.cli.parser import add_cfg_options, add_trust, check_size
 from las_mm.configs import build_model, load_config, usual_size
+from las_mm.drawn_masks import load_images
 from las_mm.errors import UserError, as_user_errors
 from las_mm.explanation import explain
 from las_mm.models.activation import find_dynamic_backbone

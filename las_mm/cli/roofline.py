@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from las_mm.benchmark import masks, roofline
+from las_mm import drawn_masks as masks
+from las_mm.benchmark import roofline
 from las_mm.benchmark.roofline import BYTES, GPUS, Kernel
 from las_mm.cli.output import Output
 from las_mm.errors import UserError, as_user_errors

@@ -13,7 +13,7 @@ import torch
 
 import records
 from las_mm import ops
-from las_mm.benchmark.masks import draw_channel_masks, draw_masks
+from las_mm.drawn_masks import draw_channel_masks, draw_masks
 from las_mm.latency import (
     LatencyTable,
     LatencyTables,

@@ -13,9 +13,9 @@ from torch import nn
 
 import las_mm
 from las_mm import ops
-from las_mm.benchmark.masks import force_masks
 from las_mm.benchmark.subject import fold_batchnorm, randomize
 from las_mm.benchmark.twins import plain_twin
+from las_mm.drawn_masks import force_masks
 from las_mm.latency import predict
 from las_mm.models import LASRegNet, collect_activations, flops_report, plan, sparse
 from las_mm.models.excitation import SqueezeExcitation

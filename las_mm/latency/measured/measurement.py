@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from las_mm import ops
-from las_mm.benchmark.masks import draw_channel_masks, draw_masks
+from las_mm.drawn_masks import draw_channel_masks, draw_masks
 from las_mm.memory import Eviction
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.regnet import DynamicRegNetBlock

@@ -34,7 +34,7 @@ class Case:
         batch: Images.
         rate: Wanted activation rate; masks of few patches come as near as they can.
         channel_rate: Wanted share of channels.
-        masks: ``'blob'`` or ``'random'``, see :mod:`las_mm.benchmark.masks`.
+        masks: ``'blob'`` or ``'random'``, see :mod:`las_mm.drawn_masks`.
         seed: Of the masks.
     """
 

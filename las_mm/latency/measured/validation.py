@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from las_mm.benchmark.masks import force_masks
+from las_mm.drawn_masks import force_masks
 from las_mm.models import LASResNet
 from las_mm.models.activation import NetworkActivation
 
