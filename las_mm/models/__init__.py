@@ -13,6 +13,7 @@ from las_mm.models.activation import (  # noqa: E402
 )
 from las_mm.models.basic import DynamicBasicBlock  # noqa: E402
 from las_mm.models.bottleneck import DynamicBottleneck  # noqa: E402
+from las_mm.models.densenet import LASDenseNet  # noqa: E402
 from las_mm.models.distill import DistilledClassifier  # noqa: E402
 from las_mm.models.flops import flops_report  # noqa: E402
 from las_mm.models.maskers import ChannelMasker, SpatialMasker  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "DynamicBasicBlock",
     "DynamicBottleneck",
     "LASRegNet",
+    "LASDenseNet",
     "LASResNet",
     "NetworkActivation",
     "SpatialMasker",

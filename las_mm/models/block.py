@@ -229,7 +229,8 @@ class DynamicBlock(nn.Module):
     def train(self, mode: bool = True) -> DynamicBlock:
         """The parent's; the fast form is made anew, as weights may be swapped in between."""
         self._fast = self._snapshot = None
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def _make_fast(self) -> sparse.FastBlock:
         """The packed form of this block.

@@ -135,6 +135,24 @@ def fold(conv: nn.Module, norm: nn.Module, what: str, **wanted: object) -> tuple
     return weight.to(conv.weight.dtype), bias.float()
 
 
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift that a BN in eval mode is, float32.
+
+    Raises:
+        Unsupported: It is another norm.
+    """
+    check_norm(norm, "a norm")
+    if isinstance(norm, nn.Identity):
+        raise Unsupported("a norm before its convolution was folded away")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale.float(), shift.float()
+
+
 def norm_of_zero(conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     """What the norm after ``conv`` makes of zeros in eval mode, (C,), float32.
 
@@ -507,6 +525,22 @@ def leading(block: nn.Module) -> list[nn.Module]:
     return [] if block.downsample is None else [block.downsample[-2]]
 
 
+def check_maskers(block: nn.Module) -> None:
+    """The block's maskers decide as the ops do.
+
+    Raises:
+        Unsupported: One has a part that the ops do not know, or samples.
+    """
+    for masker in block.maskers():
+        check_class(masker, "its masker")
+        if masker.training:  # it samples
+            raise Unsupported("its masker is in training mode")
+    if block.masker is not None:
+        check_conv(block.masker.conv, "its masker's conv", **POINTWISE, stride=(1, 1))
+        if block.masker.conv.bias is None:
+            raise Unsupported("its masker's conv has no bias")
+
+
 def check_block(block: nn.Module, convs: Sequence[str]) -> None:
     """The block and its children compute what the ops compute, and nothing else.
 
@@ -522,14 +556,7 @@ def check_block(block: nn.Module, convs: Sequence[str]) -> None:
     check_plain(block.drop_path, "its drop_path", nn.Identity, DropPath)
     if block.drop_path.training and type(block.drop_path) is DropPath:
         raise Unsupported("its DropPath is in training mode")
-    for masker in block.maskers():
-        check_class(masker, "its masker")
-        if masker.training:  # it samples
-            raise Unsupported("its masker is in training mode")
-    if block.masker is not None:
-        check_conv(block.masker.conv, "its masker's conv", **POINTWISE, stride=(1, 1))
-        if block.masker.conv.bias is None:
-            raise Unsupported("its masker's conv has no bias")
+    check_maskers(block)
     norms = [getattr(block, f"norm{name[-1]}_name") for name in convs]
     parts = (*convs, *norms, "relu", "downsample", "drop_path")
     check_children(block, (*parts, "masker", "masker_channel", "se"))
@@ -591,15 +618,25 @@ class FastStem:
         """
         if backbone.deep_stem:
             raise Unsupported("its stem is deep")
-        pool = backbone.maxpool
-        check_plain(backbone.relu, "its activation", nn.ReLU)
+        return cls.of_parts(backbone.conv1, backbone.norm1, backbone.relu, backbone.maxpool)
+
+    @classmethod
+    def of_parts(
+        cls, conv: nn.Module, norm: nn.Module, activation: nn.Module, pool: nn.Module
+    ) -> FastStem:
+        """Fold and pack a stem of these modules.
+
+        Raises:
+            Unsupported: One of them is another one than usual.
+        """
+        check_plain(activation, "its activation", nn.ReLU)
         check_plain(pool, "its pooling", nn.MaxPool2d)
         sizes = [_pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
         if sizes != [(3, 3), (2, 2), (1, 1), (1, 1)] or pool.ceil_mode or pool.return_indices:
             raise Unsupported(f"its pooling is {pool}")
         weight, bias = fold(
-            backbone.conv1,
-            backbone.norm1,
+            conv,
+            norm,
             "conv1",
             kernel_size=(7, 7),
             stride=(2, 2),
@@ -609,7 +646,6 @@ class FastStem:
         )
         if not ops.has_stem_kernel(weight.device.type):
             raise Unsupported(f"there is no kernel for it on {weight.device.type}")
-        conv = backbone.conv1
         return cls(ops.pack_stem(weight), bias, conv.in_channels, is_channels_last(conv.weight))
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
