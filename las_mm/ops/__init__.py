@@ -16,6 +16,7 @@ import torch
 
 from las_mm.ops.basic import BasicPack, pack_basic, sparse_basic, sparse_basic_
 from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
+from las_mm.ops.channel_basic import channel_basic, channel_basic_
 from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mask, channel_mean
 from las_mm.ops.contents import (
     MANY_POSITIONS,
@@ -43,6 +44,8 @@ __all__ = [
     "LAYER",
     "MANY_POSITIONS",
     "PARTS",
+    "channel_basic",
+    "channel_basic_",
     "channel_bottleneck",
     "channel_bottleneck_",
     "channel_mask",
@@ -112,7 +115,7 @@ def has_kernels(device_type: str) -> bool:
 
 
 def has_block_kernels(device_type: str) -> bool:
-    """Whether native kernels of ``sparse_basic`` and ``sparse_dense_layer_`` exist there."""
+    """Whether native kernels of basic blocks and dense layers exist there."""
     return device_type in _BLOCKS
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -249,9 +249,17 @@ def convolve3x3(
 
 def _reference(x: Tensor, *arguments) -> Tensor:
     a = _arguments(*arguments)
-    size, pack = _check(x, a), a.pack
+    return compute(x, a, _check(x, a))
+
+
+def compute(
+    x: Tensor, a: _Arguments, size: list[int], skip: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """What the op returns, densely; ``skip`` may change conv1's output."""
+    pack = a.pack
     forms = pack.weights, pack.winograd
-    out = convolve3x3(x, *forms, 0, pack.biases[0], pack.stride, pack.dilation).relu().to(x.dtype)
+    out = convolve3x3(x, *forms, 0, pack.biases[0], pack.stride, pack.dilation).relu()
+    out = (skip(out) if skip else out).to(x.dtype)
     out = convolve3x3(out, *forms, 1, pack.biases[1], 1, 1)
     if a.mask is not None:
         kept = expand(a.mask, "mask", size, a.granularity)

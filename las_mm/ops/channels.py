@@ -49,21 +49,27 @@ class _Arguments(NamedTuple):
         return bottleneck._Arguments(**values)
 
 
-def _check(x: Tensor, a: _Arguments) -> list[int]:
-    """Raise ValueError as ops/cpu/channel_bottleneck.cpp does; return (H, W) of the output."""
-    size = bottleneck._check(x, a.without_channels)
-    width, shape = a.biases[0].numel(), a.channel_mask.shape
+def check_channel_mask(channel_mask: Tensor, x: Tensor, width: int) -> None:
+    """Raise ValueError unless ``channel_mask`` decides about ``width`` channels of the images."""
+    shape = channel_mask.shape
     if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] <= 0 or width % shape[1]:
         raise ValueError(
             f"channel_mask must have shape ({x.shape[0]}, k) with k dividing {width} channels, "
             f"got {list(shape)}"
         )
-    if a.channel_mask.dtype not in MASK_DTYPES:
+    if channel_mask.dtype not in MASK_DTYPES:
         raise ValueError(
-            f"channel_mask must be bool, uint8 or floating point, got {a.channel_mask.dtype}"
+            f"channel_mask must be bool, uint8 or floating point, got {channel_mask.dtype}"
         )
-    if a.channel_mask.device != x.device:
-        raise ValueError(f"channel_mask must be on {x.device}, got {a.channel_mask.device}")
+    if channel_mask.device != x.device:
+        raise ValueError(f"channel_mask must be on {x.device}, got {channel_mask.device}")
+
+
+def _check(x: Tensor, a: _Arguments) -> list[int]:
+    """Raise ValueError as ops/cpu/channel_bottleneck.cpp does; return (H, W) of the output."""
+    size = bottleneck._check(x, a.without_channels)
+    width = a.biases[0].numel()
+    check_channel_mask(a.channel_mask, x, width)
     if a.constants is not None:
         if len(a.constants) != 2:
             raise ValueError(

@@ -103,4 +103,8 @@ BasicShape check(const at::Tensor& x, const BasicArguments& a) {
   return s;
 }
 
+void check_in_place(size_t weights) {
+  TORCH_CHECK_VALUE(weights != 3, "weights must have no downsample convolution to work in place");
+}
+
 }  // namespace las_mm

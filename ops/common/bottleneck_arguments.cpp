@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "common/arguments.h"
 #include "common/checks.h"
 
 namespace las_mm {
@@ -114,13 +115,7 @@ Shape check(const at::Tensor& x, const Arguments& a) {
 void check_channels(const at::Tensor& channel_mask,
                     const Optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
                     const Shape& s) {
-  TORCH_CHECK_VALUE(channel_mask.dim() == 2 && channel_mask.size(0) == s.images &&
-                        channel_mask.size(1) > 0 && s.hidden % channel_mask.size(1) == 0,
-                    "channel_mask must have shape (", s.images, ", k) with k dividing ", s.hidden,
-                    " channels, got ", channel_mask.sizes());
-  check_mask_dtype(channel_mask, "channel_mask");
-  TORCH_CHECK_VALUE(channel_mask.device() == x.device(), "channel_mask must be on ", x.device(),
-                    ", got ", channel_mask.device());
+  check_channel_mask(channel_mask, x, s.hidden);
   if (!constants) return;
   TORCH_CHECK_VALUE(constants->size() == 2,
                     "constants must be None or those of conv1's and conv2's outputs, got ",

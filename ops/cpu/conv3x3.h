@@ -38,6 +38,11 @@ struct Conv {
   const float* winograd;
   const float* bias;
   bool relu;
+  // Weights, in the form that is used, of one more input, which is 1 inside the map: the sum over
+  // the channels that are the same everywhere. Null: there are none.
+  const T* constant = nullptr;
+
+  int64_t inputs() const { return depth + (constant != nullptr); }
 };
 
 // Which outputs are computed, and as what.
@@ -71,7 +76,7 @@ struct Place {
 template <typename T>
 class Conv3x3 {
  public:
-  // `zeros`: as many as the convolution reads channels.
+  // `zeros`: as many as conv.inputs().
   Conv3x3(const Rows<const T>& from, const Conv<T>& conv, int64_t stride, int64_t dilation,
           const T* zeros)
       : from_(from),
@@ -120,9 +125,12 @@ class Conv3x3 {
         in[t * rows + i] = has_row[t / 3] && has_column[t % 3] ? center + steps[t] : zeros_;
       }
     }
-    Tap<T> taps[9];
-    for (int t = 0; t < 9; ++t) taps[t] = {in + t * rows, 0, conv_.depth, conv_.direct, t, 9};
-    run_panels<T>(rows, taps, 9, panels_, first, last,
+    Tap<T> taps[kMaxTaps];
+    for (int t = 0; t < 9; ++t) {
+      taps[t] = {in + t * rows, 0, conv_.depth, conv_.direct, t, 9};
+      taps[9 + t] = {in + t * rows, conv_.depth, 1, conv_.constant, t, 9};
+    }
+    run_panels<T>(rows, taps, conv_.constant ? 18 : 9, panels_, first, last,
                   {conv_.bias, has_residual ? residual : nullptr, out, 0, conv_.relu});
   }
 
@@ -131,7 +139,7 @@ class Conv3x3 {
              bool has_residual, const F& place) const {
     const TileGrid& grid = outputs.grid;
     const int64_t tiles = hi - lo;
-    const TileChunk chunk(tiles, conv_.depth, 8 * tiles);
+    const TileChunk chunk(tiles, conv_.inputs(), 8 * tiles);
     float** out = chunk.more();
     const float** residual = const_cast<const float**>(out + 4 * tiles);
     for (int64_t i = 0; i < tiles; ++i) {
@@ -148,8 +156,11 @@ class Conv3x3 {
     }
     for (int64_t p = first; p < last; ++p) {
       for (int t = 0; t < kTile; ++t) {
-        const Tap<float> tap{chunk.in(), chunk.offset(t), conv_.depth, conv_.winograd, t, kTile};
-        run_panel<float>(tiles, &tap, 1, panels_, p,
+        const int64_t at = chunk.offset(t);
+        const Tap<float> taps[] = {
+            {chunk.in(), at, conv_.depth, conv_.winograd, t, kTile},
+            {chunk.in(), at + conv_.depth, 1, conv_.constant, t, kTile}};
+        run_panel<float>(tiles, taps, conv_.constant ? 2 : 1, panels_, p,
                          {nullptr, nullptr, chunk.out(), chunk.column(t, p), false});
       }
       for (int64_t i = 0; i < tiles; ++i) {
@@ -163,17 +174,18 @@ class Conv3x3 {
   // The 4x4 positions from (top, left) on, of which some may be padding.
   void transform(const TileChunk& chunk, int64_t i, int64_t image, int64_t top,
                  int64_t left) const {
+    const int64_t inputs = conv_.inputs();
     if (top >= 0 && top + 4 <= from_.height && left >= 0 && left + 4 <= from_.width) {
       return chunk.transform(i, from_.at(image, top, left), from_.width * from_.pitch, from_.pitch,
-                             conv_.depth);
+                             inputs);
     }
-    float* patch = scratch().hidden.template get<float>(kTile * conv_.depth);
+    float* patch = scratch().hidden.template get<float>(kTile * inputs);
     for (int64_t q = 0; q < kTile; ++q) {
       const int64_t y = top + q / 4, x = left + q % 4;
       const bool inside = y >= 0 && y < from_.height && x >= 0 && x < from_.width;
-      std::copy_n(inside ? from_.at(image, y, x) : zeros_, conv_.depth, patch + q * conv_.depth);
+      std::copy_n(inside ? from_.at(image, y, x) : zeros_, inputs, patch + q * inputs);
     }
-    chunk.transform(i, patch, 4 * conv_.depth, conv_.depth, conv_.depth);
+    chunk.transform(i, patch, 4 * inputs, inputs, inputs);
   }
 
   const Rows<const T> from_;
