@@ -202,18 +202,11 @@ def _excite(x: Tensor, kept: Tensor | None, weights: Sequence[Tensor]) -> Tensor
 
 
 def winograd_reference(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    """F(2x2, 3x3) by its definition, arXiv 1509.09308, equation 8."""
+    """The 3x3 convolution of a weight packed by :func:`~las_mm.ops.pack_winograd`."""
     transformed = unpack_conv(packed, bias.numel(), x.shape[1], 16, 1).unflatten(2, (4, 4))
-    b = x.new_tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
-    a = x.new_tensor([[1, 1, 1, 0], [0, 1, -1, -1]])
-    height, width = x.shape[2:]
-    padded = torch.nn.functional.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
-    tiles = padded.unfold(2, 4, 2).unfold(3, 4, 2)  # (N, C, rows, columns, 4, 4)
-    tiles = torch.einsum("ia,nchwab,jb->nchwij", b, tiles, b)
-    tiles = torch.einsum("nchwij,ocij->nohwij", tiles, transformed)
-    tiles = torch.einsum("pi,nohwij,qj->nohpwq", a, tiles, a)
-    out = tiles.flatten(4, 5).flatten(2, 3)
-    return out[:, :, :height, :width] + bias[:, None, None]
+    inverse = x.new_tensor([[1, 0, 0, 0], [0, 1, -1, 0], [0, 0, 0, 1]])
+    kernel = torch.einsum("ia,ocab,jb->ocij", inverse, transformed, inverse)
+    return F.conv2d(x, kernel, bias, padding=1)
 
 
 def _reference_(x: Tensor, *arguments) -> None:

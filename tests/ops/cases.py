@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from las_mm import ops
 from las_mm.ops import (
     basic,
+    basic_channels,
     bottleneck,
-    channel_basic,
     channels,
     convolution,
     dense_layer,
@@ -42,8 +42,8 @@ REFERENCES = {
     "sparse_bottleneck_": bottleneck._reference_,
     "sparse_basic": basic._reference,
     "sparse_basic_": basic._reference_,
-    "channel_basic": channel_basic._reference,
-    "channel_basic_": channel_basic._reference_,
+    "channel_basic": basic_channels._reference,
+    "channel_basic_": basic_channels._reference_,
     "sparse_dense_layer_": dense_layer._reference,
     "channel_bottleneck": channels._reference,
     "channel_bottleneck_": channels._reference_,
