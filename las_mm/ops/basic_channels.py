@@ -11,10 +11,10 @@ from torch import Tensor
 from las_mm.compat import register_fake
 from las_mm.ops import basic
 from las_mm.ops.basic import BasicPack
-from las_mm.ops.channels import check_channel_mask
+from las_mm.ops.bottleneck import check_in_place
 from las_mm.ops.convolution import empty_map, expand
 from las_mm.ops.library import LIBRARY
-from las_mm.ops.masks import check_vector
+from las_mm.ops.masks import check_channel_mask, check_vector
 
 _SCHEMA = (
     "Tensor channel_mask, Tensor? constant, Tensor? mask, Tensor? shortcut, Tensor[] weights, "
@@ -71,7 +71,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
 
 def _reference_(x: Tensor, *arguments) -> None:
     a = _Arguments(*arguments)
-    basic._check_in_place(a.block)
+    check_in_place(a.weights, 3)
     out = _reference(x, *arguments)
     if a.mask is not None:
         out = torch.where(expand(a.mask, "mask", x.shape[2:], a.geometry[0]), out, x)
@@ -85,7 +85,7 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 
 def _fake_(x: Tensor, *arguments) -> None:
     a = _Arguments(*arguments)
-    basic._check_in_place(a.block)
+    check_in_place(a.weights, 3)
     _check(x, a)
 
 

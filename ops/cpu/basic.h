@@ -1,4 +1,5 @@
-// The work of sparse_basic and channel_basic: two 3x3 convolutions and a shortcut at kept positions.
+// The work of sparse_basic and channel_basic: two 3x3 convolutions and a shortcut at kept
+// positions.
 //
 // conv1 runs at the positions that a kept output reads, then conv2 adds to the shortcut.
 #pragma once
@@ -18,9 +19,12 @@ template <typename T>
 Conv<T> convolution(const BasicArguments& a, size_t i, int64_t depth, int64_t channels) {
   const at::Tensor& direct = a.weights[i];
   const bool tiled = !a.winograd.empty() && a.winograd[i].numel() > 0;
-  return {depth, channels, direct.numel() > 0 ? values(direct, T{}) : nullptr,
+  return {depth,
+          channels,
+          direct.numel() > 0 ? values(direct, T{}) : nullptr,
           tiled ? a.winograd[i].const_data_ptr<float>() : nullptr,
-          a.biases[i].const_data_ptr<float>(), true};
+          a.biases[i].const_data_ptr<float>(),
+          true};
 }
 
 // The maps of images, all channels_last. `shortcut`: what the downsample convolution reads.
@@ -140,21 +144,21 @@ class Basic {
 
   void downsample(const Positions& list, bool relu) const {
     const Panels panels{s_.c_out};
-    parallel_chunks(
-        list.size(), kChunkRows, panels.count(),
-        [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
-          const T** in = scratch().pointers.template get<const T*>(2 * (hi - lo));
-          T** out = const_cast<T**>(in) + (hi - lo);
-          for (int64_t i = lo; i < hi; ++i) {
-            const Point p = point(list[i], s_.out_height, s_.out_width);
-            const int64_t stride = maps_.shortcut_stride;
-            in[i - lo] = maps_.shortcut.at(p.image, p.y * stride, p.x * stride);
-            out[i - lo] = maps_.out + list[i] * s_.c_out;
-          }
-          const Tap<T> tap{in, 0, maps_.shortcut.pitch, values(a_.weights[2], T{}), 0, 1};
-          run_panels<T>(hi - lo, &tap, 1, panels, first, last,
-                        {a_.biases[2].const_data_ptr<float>(), nullptr, out, 0, relu});
-        });
+    parallel_chunks(list.size(), kChunkRows, panels.count(),
+                    [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
+                      const T** in = scratch().pointers.template get<const T*>(2 * (hi - lo));
+                      T** out = const_cast<T**>(in) + (hi - lo);
+                      for (int64_t i = lo; i < hi; ++i) {
+                        const Point p = point(list[i], s_.out_height, s_.out_width);
+                        const int64_t stride = maps_.shortcut_stride;
+                        in[i - lo] = maps_.shortcut.at(p.image, p.y * stride, p.x * stride);
+                        out[i - lo] = maps_.out + list[i] * s_.c_out;
+                      }
+                      const Tap<T> tap{in, 0, maps_.shortcut.pitch, values(a_.weights[2], T{}),
+                                       0,  1};
+                      run_panels<T>(hi - lo, &tap, 1, panels, first, last,
+                                    {a_.biases[2].const_data_ptr<float>(), nullptr, out, 0, relu});
+                    });
   }
 
   const BasicArguments& a_;

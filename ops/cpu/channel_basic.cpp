@@ -140,8 +140,14 @@ at::Tensor channel_basic(const at::Tensor& x, const at::Tensor& channel_mask,
                          Tensors winograd, at::IntArrayRef geometry, double winograd_cost) {
   const double plan[] = {winograd_cost, 1};
   return run(x, channel_mask, constant,
-             {mask, shortcut, std::move(weights), std::move(biases), std::move(winograd), {},
-              geometry, plan},
+             {mask,
+              shortcut,
+              std::move(weights),
+              std::move(biases),
+              std::move(winograd),
+              {},
+              geometry,
+              plan},
              false);
 }
 
@@ -151,11 +157,16 @@ void channel_basic_(const at::Tensor& x, const at::Tensor& channel_mask,
                     at::IntArrayRef geometry, double winograd_cost) {
   check_in_place(weights.size());
   const double plan[] = {winograd_cost, 1};
-  const at::Tensor out =
-      run(x, channel_mask, constant,
-          {mask, shortcut, std::move(weights), std::move(biases), std::move(winograd), {}, geometry,
-           plan},
-          true);
+  const at::Tensor out = run(x, channel_mask, constant,
+                             {mask,
+                              shortcut,
+                              std::move(weights),
+                              std::move(biases),
+                              std::move(winograd),
+                              {},
+                              geometry,
+                              plan},
+                             true);
   if (!out.is_same(x)) x.copy_(out);
 }
 

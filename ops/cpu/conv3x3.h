@@ -1,5 +1,5 @@
-// A 3x3 convolution at listed positions of a map, in direct or Winograd form. The map has no border:
-// taps in the padding read a row of zeros.
+// A 3x3 convolution at listed positions of a map, in direct or Winograd form. The map has no
+// border: taps in the padding read a row of zeros.
 #pragma once
 
 #include <algorithm>
@@ -55,15 +55,16 @@ struct Outputs {
   int64_t count() const { return static_cast<int64_t>(list.size()); }
 };
 
-// Whether a convolution runs in tiles: where these cut a mask, 16 products a tile stand against 9 an
-// output. `count()` lists those of all images, so that results do not depend on how threads share
-// them. `cost`: time of a product in a tile relative to another one.
+// Whether a convolution runs in tiles: where these cut a mask, 16 products a tile stand against 9
+// an output. `count()` lists those of all images, so that results do not depend on how threads
+// share them. `cost`: time of a product in a tile relative to another one.
 template <typename T, typename F>
 bool prefers_tiles(const Conv<T>& conv, double cost, const Positions& tiles,
                    const Positions& outputs, const F& count) {
   if (conv.winograd == nullptr || conv.direct == nullptr) return conv.winograd != nullptr;
   count();
-  return cost * kTile * static_cast<double>(tiles.size()) < 9.0 * static_cast<double>(outputs.size());
+  return cost * kTile * static_cast<double>(tiles.size()) <
+         9.0 * static_cast<double>(outputs.size());
 }
 
 // An output's row and what is added to it; a null row is not wanted.
@@ -157,16 +158,15 @@ class Conv3x3 {
     for (int64_t p = first; p < last; ++p) {
       for (int t = 0; t < kTile; ++t) {
         const int64_t at = chunk.offset(t);
-        const Tap<float> taps[] = {
-            {chunk.in(), at, conv_.depth, conv_.winograd, t, kTile},
-            {chunk.in(), at + conv_.depth, 1, conv_.constant, t, kTile}};
+        const Tap<float> taps[] = {{chunk.in(), at, conv_.depth, conv_.winograd, t, kTile},
+                                   {chunk.in(), at + conv_.depth, 1, conv_.constant, t, kTile}};
         run_panel<float>(tiles, taps, conv_.constant ? 2 : 1, panels_, p,
                          {nullptr, nullptr, chunk.out(), chunk.column(t, p), false});
       }
       for (int64_t i = 0; i < tiles; ++i) {
-        chunk.finish(i, panels_.valid(p), conv_.bias + p * kPanel,
-                     {has_residual ? residual + 4 * i : nullptr, out + 4 * i, p * kPanel,
-                      conv_.relu});
+        chunk.finish(
+            i, panels_.valid(p), conv_.bias + p * kPanel,
+            {has_residual ? residual + 4 * i : nullptr, out + 4 * i, p * kPanel, conv_.relu});
       }
     }
   }

@@ -30,9 +30,8 @@ Selection::Selection(const bool* wanted, int64_t decisions, int64_t width, int64
 template <typename T>
 size_t GatheredConvs<T>::add(const T* from, int64_t depth, int64_t channels, int64_t taps,
                              const int32_t* inputs, int64_t count, const uint8_t* wanted) {
-  const int64_t kept = wanted == nullptr
-                           ? channels
-                           : std::count(wanted, wanted + channels, static_cast<uint8_t>(1));
+  const int64_t kept =
+      wanted == nullptr ? channels : std::count(wanted, wanted + channels, static_cast<uint8_t>(1));
   char* data = const_cast<char*>(reinterpret_cast<const char*>(from));
   Part part{{data, packed_rows<T>(depth), taps, Panels{channels}},
             {nullptr, packed_rows<T>(count), taps, Panels{kept}},
@@ -78,15 +77,15 @@ void GatheredConvs<T>::gather_tap(size_t i, int64_t panel, int64_t tap) const {
 // Rows [first, last) of one tap's panel of the gathered convolution; writes up to 16 columns more.
 template <typename T>
 void GatheredConvs<T>::gather_rows(const Part& part, int64_t panel, int64_t tap, int64_t first,
-                                     int64_t last, char* out) const {
+                                   int64_t last, char* out) const {
   const std::vector<Step>& steps = part.steps[panel];
   const int64_t stride = 4 * part.to.panels.width(panel), end = 4 * part.to.panels.valid(panel);
   const int count = static_cast<int>(steps.size());
   Move moves[kPanel + 1];
   for (int i = 0; i < count; ++i) {
     const int64_t from = steps[i].column / kPanel, column = steps[i].column % kPanel;
-    moves[i] = {part.from.at(from, tap) + 4 * column, 4 * part.from.panels.width(from),
-                steps[i].to, steps[i].lanes};
+    moves[i] = {part.from.at(from, tap) + 4 * column, 4 * part.from.panels.width(from), steps[i].to,
+                steps[i].lanes};
   }
   const auto select = kernels().select;
   if (part.inputs == nullptr) {

@@ -39,8 +39,8 @@ SelectedWeights<T>::SelectedWeights(const Arguments& a, const Shape& s, const Se
   const T* conv2 = values(use_tiles ? *a.winograd : a.weights[1], T{});
   const int64_t numel = packed_numel(channels, channels, taps_, 1, std::is_same_v<T, float>);
   for (int64_t g = 0; g < a.groups; ++g) {
-    parts_.add(conv2 + g * numel, channels, channels, taps_, c.channels.data() + c.first(g), c.count(g),
-        c.on.data() + g * channels);
+    parts_.add(conv2 + g * numel, channels, channels, taps_, c.channels.data() + c.first(g),
+               c.count(g), c.on.data() + g * channels);
   }
 }
 
@@ -119,7 +119,8 @@ Weights<T> SelectedWeights<T>::gather(bool at_once) {
 template <typename T>
 const T* SelectedWeights<T>::panel(Convolution which, int64_t panel, int64_t tap, int64_t taps,
                                    int64_t first, int64_t last) const {
-  const auto& part = parts_[which == Convolution::kFirst ? 0 : which == Convolution::kThird ? 1 : 2];
+  const size_t i = which == Convolution::kFirst ? 0 : which == Convolution::kThird ? 1 : 2;
+  const auto& part = parts_[i];
   last = std::min(last, part.to.rows);
   const int64_t size = 4 * (last - first) * part.to.panels.width(panel);
   char* memory = scratch().weights.template get<char>(size * taps + 4 * kLanes);

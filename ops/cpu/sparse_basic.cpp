@@ -78,16 +78,20 @@ using MaybeTensor = Optional<at::Tensor>;
 at::Tensor sparse_basic(const at::Tensor& x, const MaybeTensor& mask, const MaybeTensor& shortcut,
                         Tensors weights, Tensors biases, Tensors winograd, Tensors dense,
                         at::IntArrayRef geometry, at::ArrayRef<double> plan) {
-  return run(x, {mask, shortcut, std::move(weights), std::move(biases), std::move(winograd),
-                 std::move(dense), geometry, plan}, false);
+  return run(x,
+             {mask, shortcut, std::move(weights), std::move(biases), std::move(winograd),
+              std::move(dense), geometry, plan},
+             false);
 }
 
 void sparse_basic_(const at::Tensor& x, const MaybeTensor& mask, const MaybeTensor& shortcut,
                    Tensors weights, Tensors biases, Tensors winograd, Tensors dense,
                    at::IntArrayRef geometry, at::ArrayRef<double> plan) {
   check_in_place(weights.size());
-  const at::Tensor out = run(x, {mask, shortcut, std::move(weights), std::move(biases),
-                                 std::move(winograd), std::move(dense), geometry, plan}, true);
+  const at::Tensor out = run(x,
+                             {mask, shortcut, std::move(weights), std::move(biases),
+                              std::move(winograd), std::move(dense), geometry, plan},
+                             true);
   if (!out.is_same(x)) x.copy_(out);
 }
 

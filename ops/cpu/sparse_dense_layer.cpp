@@ -26,9 +26,12 @@ MaskGeometry geometry(const DenseLayerArguments& a, const DenseLayerShape& s) {
 template <typename T>
 Conv<T> convolution(const DenseLayerArguments& a, const DenseLayerShape& s) {
   const bool tiled = !a.winograd.empty() && a.winograd[0].numel() > 0;
-  return {s.hidden, s.growth, a.weights[1].numel() > 0 ? values(a.weights[1], T{}) : nullptr,
+  return {s.hidden,
+          s.growth,
+          a.weights[1].numel() > 0 ? values(a.weights[1], T{}) : nullptr,
           tiled ? a.winograd[0].const_data_ptr<float>() : nullptr,
-          a.vectors[3].const_data_ptr<float>(), false};
+          a.vectors[3].const_data_ptr<float>(),
+          false};
 }
 
 template <typename T>
@@ -82,26 +85,26 @@ class DenseLayer {
     const Panels panels{s_.hidden};
     // Not a multiple of 4 KiB, which the same few sets of the first-level cache would have to hold.
     const int64_t row = (ceil_div(s_.c_in * sizeof(T), 128) * 128 + 64) / sizeof(T);
-    const int64_t chunk = std::clamp<int64_t>(kNormalised / (row * sizeof(T)), kFewestRows,
-                                              kChunkRows);
+    const int64_t chunk =
+        std::clamp<int64_t>(kNormalised / (row * sizeof(T)), kFewestRows, kChunkRows);
     const auto normalise = norm_relu_kernel(T{});
-    parallel_chunks(w_.halo.size(), chunk, panels.count(),
-                    [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
-                      Scratch& memory = scratch();
-                      T* normalised = memory.values.template get<T>((hi - lo) * row);
-                      const T** in = memory.pointers.template get<const T*>(2 * (hi - lo));
-                      T** out = const_cast<T**>(in) + (hi - lo);
-                      for (int64_t i = 0; i < hi - lo; ++i) {
-                        const int64_t index = w_.halo[lo + i];
-                        normalise(map_.data + index * map_.pitch, vector(0), vector(1), s_.c_in,
-                                  normalised + i * row);
-                        in[i] = normalised + i * row;
-                        out[i] = hidden + index * pitch;
-                      }
-                      const Tap<T> tap{in, 0, s_.c_in, values(a_.weights[0], T{}), 0, 1};
-                      run_panels<T>(hi - lo, &tap, 1, panels, first, last,
-                                    {vector(2), nullptr, out, 0, true});
-                    });
+    parallel_chunks(
+        w_.halo.size(), chunk, panels.count(),
+        [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
+          Scratch& memory = scratch();
+          T* normalised = memory.values.template get<T>((hi - lo) * row);
+          const T** in = memory.pointers.template get<const T*>(2 * (hi - lo));
+          T** out = const_cast<T**>(in) + (hi - lo);
+          for (int64_t i = 0; i < hi - lo; ++i) {
+            const int64_t index = w_.halo[lo + i];
+            normalise(map_.data + index * map_.pitch, vector(0), vector(1), s_.c_in,
+                      normalised + i * row);
+            in[i] = normalised + i * row;
+            out[i] = hidden + index * pitch;
+          }
+          const Tap<T> tap{in, 0, s_.c_in, values(a_.weights[0], T{}), 0, 1};
+          run_panels<T>(hi - lo, &tap, 1, panels, first, last, {vector(2), nullptr, out, 0, true});
+        });
   }
 
   const DenseLayerArguments& a_;
@@ -135,7 +138,7 @@ using Tensors = std::vector<at::Tensor>;
 void sparse_dense_layer_(const at::Tensor& buffer, const Optional<at::Tensor>& mask,
                          Tensors weights, Tensors vectors, Tensors winograd, int64_t granularity,
                          double winograd_cost) {
-  DenseLayerArguments a{mask,         std::move(weights), std::move(vectors), std::move(winograd),
+  DenseLayerArguments a{mask,        std::move(weights), std::move(vectors), std::move(winograd),
                         granularity, winograd_cost};
   const DenseLayerShape s = check(buffer, a);
   for (Tensors* list : {&a.weights, &a.vectors, &a.winograd}) {
