@@ -32,6 +32,11 @@ from las_mm.ops.convolution import (
     masker_conv1x1,
 )
 from las_mm.ops.dense_layer import DenseLayerPack, pack_dense_layer, sparse_dense_layer_
+from las_mm.ops.dense_transition import (
+    TransitionPack,
+    dense_transition_,
+    pack_dense_transition,
+)
 from las_mm.ops.flops import register as _register_flops
 from las_mm.ops.library import load_native
 from las_mm.ops.maps import conv_pool_stem, to_nchw
@@ -44,6 +49,7 @@ __all__ = [
     "LAYER",
     "MANY_POSITIONS",
     "PARTS",
+    "TransitionPack",
     "channel_basic",
     "channel_basic_",
     "channel_bottleneck",
@@ -53,6 +59,7 @@ __all__ = [
     "conv1x1_scatter_add_",
     "conv_pool_stem",
     "cpu_isa",
+    "dense_transition_",
     "dilate_mask",
     "fingerprint",
     "fingerprints",
@@ -70,6 +77,7 @@ __all__ = [
     "pack_basic",
     "pack_conv",
     "pack_dense_layer",
+    "pack_dense_transition",
     "pack_stem",
     "pack_winograd",
     "sample_view",

@@ -157,6 +157,13 @@ def _dense_layer(
     return 2 * hidden * int((halo * c_in + kept * 9 * growth).sum())
 
 
+def _dense_transition(
+    out: Tensor, buffer: Tensor, weight: Tensor, vectors: Sequence[Tensor], **_: Any
+) -> int:
+    outputs = out.shape[0] * out.shape[2] * out.shape[3]
+    return 2 * outputs * vectors[0].numel() * vectors[2].numel()
+
+
 def _spatial_mask(x: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
     return 2 * out_val[0].numel() * x.shape[1] * 2  # two logits per patch
 
@@ -226,6 +233,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_basic": _basic,
     "sparse_basic_": _basic,
     "sparse_dense_layer_": _dense_layer,
+    "dense_transition_": _dense_transition,
     "spatial_mask": _spatial_mask,
     "channel_mask": _channel_mask,
     "conv_pool_stem": _conv_pool_stem,

@@ -135,4 +135,27 @@ void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
   check_positions(x.size(0) * x.size(2) * x.size(3), "x");
 }
 
+void check_dense_transition(const at::Tensor& out, const at::Tensor& buffer,
+                            const at::Tensor& weight, const std::vector<at::Tensor>& vectors) {
+  check_map(buffer, "buffer");
+  check_map(out, "out");
+  check_same(out, buffer, "out");
+  const int64_t height = buffer.size(2) / 2, width = buffer.size(3) / 2;
+  TORCH_CHECK_VALUE(
+      out.size(0) == buffer.size(0) && out.size(2) == height && out.size(3) == width,
+      "out must have ", buffer.size(0), " images of ", height, "x", width, ", got ", out.sizes());
+  TORCH_CHECK_VALUE(vectors.size() == 3, "vectors must be scale, shift and bias, got ",
+                    vectors.size());
+  const int64_t sizes[] = {vectors[0].numel(), vectors[0].numel(), vectors[2].numel()};
+  for (size_t i = 0; i < 3; ++i) {
+    check_vector(vectors[i], "vectors[" + std::to_string(i) + "]", sizes[i], at::kFloat, buffer);
+  }
+  TORCH_CHECK_VALUE(sizes[0] <= buffer.size(1), "buffer must have ", sizes[0],
+                    " channels or more, got ", buffer.size(1));
+  TORCH_CHECK_VALUE(sizes[2] <= out.size(1), "out must have room for ", sizes[2],
+                    " channels, got ", out.size(1));
+  check_packed(weight, "weight", sizes[2], sizes[0], 1, 1, buffer);
+  check_positions(buffer.size(0) * buffer.size(2) * buffer.size(3), "buffer");
+}
+
 }  // namespace las_mm

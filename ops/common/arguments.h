@@ -45,4 +45,7 @@ void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
                                const at::Tensor& mask, const at::Tensor& weight,
                                const at::Tensor& bias, int64_t granularity);
 
+void check_dense_transition(const at::Tensor& out, const at::Tensor& buffer,
+                            const at::Tensor& weight, const std::vector<at::Tensor>& vectors);
+
 }  // namespace las_mm

@@ -278,13 +278,26 @@ void scale_channels(T* x, const float* scale, int64_t channels) {
   }
 }
 
-template <typename V, typename T>
-void norm_relu(const T* x, const float* scale, const float* shift, int64_t channels, T* out) {
+template <typename V, typename T, bool kOne>
+inline void norm_rows(const T* const* rows, int count, const float* scale, const float* shift,
+                      int64_t channels, T* out) {
+  const T* first = rows[0];
+  const typename V::Reg share = V::set1(1.0f / static_cast<float>(count));
   LAS_MM_FOR_LANES(c, n, channels) {
-    const typename V::Reg value = V::fma(load_lanes<V>(x + c, n), load_lanes<V>(scale + c, n),
-                                         load_lanes<V>(shift + c, n));
-    store_lanes<V>(out + c, relu<V>(value), n);
+    const typename V::Reg a = load_lanes<V>(scale + c, n), b = load_lanes<V>(shift + c, n);
+    typename V::Reg sum = relu<V>(V::fma(load_lanes<V>(first + c, n), a, b));
+    for (int i = 1; !kOne && i < count; ++i) {
+      sum = V::add(sum, relu<V>(V::fma(load_lanes<V>(rows[i] + c, n), a, b)));
+    }
+    store_lanes<V>(out + c, kOne ? sum : V::mul(sum, share), n);
   }
+}
+
+template <typename V, typename T>
+void norm_relu(const T* const* rows, int count, const float* scale, const float* shift,
+               int64_t channels, T* out) {
+  if (count == 1) return norm_rows<V, T, true>(rows, 1, scale, shift, channels, out);
+  norm_rows<V, T, false>(rows, count, scale, shift, channels, out);
 }
 
 template <typename V>

@@ -87,11 +87,11 @@ struct Kernels {
   // x[c] *= scale[c].
   void (*scale_f32)(float* x, const float* scale, int64_t channels);
   void (*scale_bf16)(bf16* x, const float* scale, int64_t channels);
-  // out[c] = relu(x[c] * scale[c] + shift[c]).
-  void (*norm_relu_f32)(const float* x, const float* scale, const float* shift, int64_t channels,
-                        float* out);
-  void (*norm_relu_bf16)(const bf16* x, const float* scale, const float* shift, int64_t channels,
-                         bf16* out);
+  // out[c] = mean over `count` rows of relu(row[c] * scale[c] + shift[c]).
+  void (*norm_relu_f32)(const float* const* rows, int count, const float* scale,
+                        const float* shift, int64_t channels, float* out);
+  void (*norm_relu_bf16)(const bf16* const* rows, int count, const float* scale,
+                         const float* shift, int64_t channels, bf16* out);
 };
 
 extern const Kernels kGenericKernels;

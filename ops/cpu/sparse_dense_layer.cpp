@@ -17,6 +17,8 @@ namespace las_mm::cpu {
 namespace {
 
 constexpr int64_t kNormalised = 1 << 18;  // bytes of a chunk, a quarter of the second-level cache
+constexpr int64_t kRowsAhead = 4;         // that are fetched where a map is no smaller than this
+constexpr int64_t kFarMap = 1 << 20;      // in bytes: the second-level cache
 constexpr int64_t kFewestRows = 24;       // that a panel's weights are read for
 
 MaskGeometry geometry(const DenseLayerArguments& a, const DenseLayerShape& s) {
@@ -88,23 +90,28 @@ class DenseLayer {
     const int64_t chunk =
         std::clamp<int64_t>(kNormalised / (row * sizeof(T)), kFewestRows, kChunkRows);
     const auto normalise = norm_relu_kernel(T{});
-    parallel_chunks(
-        w_.halo.size(), chunk, panels.count(),
-        [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
-          Scratch& memory = scratch();
-          T* normalised = memory.values.template get<T>((hi - lo) * row);
-          const T** in = memory.pointers.template get<const T*>(2 * (hi - lo));
-          T** out = const_cast<T**>(in) + (hi - lo);
-          for (int64_t i = 0; i < hi - lo; ++i) {
-            const int64_t index = w_.halo[lo + i];
-            normalise(map_.data + index * map_.pitch, vector(0), vector(1), s_.c_in,
-                      normalised + i * row);
-            in[i] = normalised + i * row;
-            out[i] = hidden + index * pitch;
-          }
-          const Tap<T> tap{in, 0, s_.c_in, values(a_.weights[0], T{}), 0, 1};
-          run_panels<T>(hi - lo, &tap, 1, panels, first, last, {vector(2), nullptr, out, 0, true});
-        });
+    const bool far = s_.height * s_.width * map_.pitch >= kFarMap / static_cast<int64_t>(sizeof(T));
+    parallel_chunks(w_.halo.size(), chunk, panels.count(),
+                    [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
+                      Scratch& memory = scratch();
+                      T* normalised = memory.values.template get<T>((hi - lo) * row);
+                      const T** in = memory.pointers.template get<const T*>(2 * (hi - lo));
+                      T** out = const_cast<T**>(in) + (hi - lo);
+                      for (int64_t i = 0; i < hi - lo; ++i) {
+                        const int64_t index = w_.halo[lo + i];
+                        const T* from = map_.data + index * map_.pitch;
+                        if (far) {
+                          const int64_t next = w_.halo[std::min(lo + i + kRowsAhead, hi - 1)];
+                          prefetch(map_.data + next * map_.pitch, s_.c_in);
+                        }
+                        normalise(&from, 1, vector(0), vector(1), s_.c_in, normalised + i * row);
+                        in[i] = normalised + i * row;
+                        out[i] = hidden + index * pitch;
+                      }
+                      const Tap<T> tap{in, 0, s_.c_in, values(a_.weights[0], T{}), 0, 1};
+                      run_panels<T>(hi - lo, &tap, 1, panels, first, last,
+                                    {vector(2), nullptr, out, 0, true});
+                    });
   }
 
   const DenseLayerArguments& a_;
