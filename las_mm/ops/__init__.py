@@ -123,7 +123,7 @@ def has_kernels(device_type: str) -> bool:
 
 
 def has_block_kernels(device_type: str) -> bool:
-    """Whether native kernels of ``sparse_basic`` and ``sparse_dense_layer_`` exist there."""
+    """Whether native kernels of basic blocks and dense layers exist there."""
     return device_type in _BLOCKS
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from las_mm.compat import register_fake
-from las_mm.ops.bottleneck import winograd_reference
+from las_mm.ops.bottleneck import check_in_place, check_shortcut_map
 from las_mm.ops.convolution import (
     CHANNELS_LAST,
     check_mask,
@@ -21,7 +22,7 @@ from las_mm.ops.convolution import (
 )
 from las_mm.ops.library import LIBRARY
 from las_mm.ops.masks import check_kind, check_map, check_stride, check_vector
-from las_mm.ops.packing import pack_conv, pack_winograd
+from las_mm.ops.packing import pack_conv, pack_winograd, unpack_winograd
 
 _SCHEMA = (
     "Tensor? mask, Tensor? shortcut, Tensor[] weights, Tensor[] biases, Tensor[] winograd, "
@@ -207,18 +208,7 @@ def _check_shortcut(x: Tensor, a: _Arguments, size: list[int]) -> int:
             )
         return x.shape[1]
     source = x if a.shortcut is None else a.shortcut
-    if a.shortcut is not None:
-        check_map(source, "shortcut")
-        if source.dtype != x.dtype or source.device != x.device:
-            raise ValueError(
-                f"shortcut must be {x.dtype} on {x.device} as x is, got {source.dtype} on "
-                f"{source.device}"
-            )
-        if [source.shape[0], *source.shape[2:]] != [x.shape[0], *size]:
-            raise ValueError(
-                f"shortcut must have {x.shape[0]} images of {size[0]}x{size[1]}, got "
-                f"{list(source.shape)}"
-            )
+    check_shortcut_map(source, x, size if a.shortcut is not None else x.shape[2:])
     check_packed(a.pack.weights[2], "weights[2]", c_out, source.shape[1], 1, 1, x)
     return source.shape[1]
 
@@ -238,23 +228,35 @@ def _check_dense(x: Tensor, pack: BasicPack, side: int) -> None:
 
 
 def convolve3x3(
-    x: Tensor, weights: Sequence[Tensor], winograd: Sequence[Tensor], i: int, bias: Tensor, *at: int
+    x: Tensor,
+    weights: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    i: int,
+    bias: Tensor,
+    stride: int = 1,
+    dilation: int = 1,
 ) -> Tensor:
-    """The 3x3 convolution of weight ``i`` in float32, in the form that there is; ``at``: stride and
-    dilation."""
+    """The 3x3 convolution of weight ``i`` in float32, from the form that there is."""
     if weights[i].numel():
-        return convolve(x, weights[i], bias, 3, *at, 1)
-    return winograd_reference(x, winograd[i], bias)
+        return convolve(x, weights[i], bias, 3, stride, dilation, 1)
+    kernel = unpack_winograd(winograd[i], bias.numel(), x.shape[1])
+    return F.conv2d(x, kernel, bias, padding=1)
 
 
-def reference(
-    x: Tensor, a: _Arguments, skip: Callable[[Tensor], Tensor] = lambda hidden: hidden
+def _reference(x: Tensor, *arguments) -> Tensor:
+    a = _arguments(*arguments)
+    return compute(x, a, _check(x, a))
+
+
+def compute(
+    x: Tensor, a: _Arguments, size: list[int], skip: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The block in plain PyTorch; ``skip`` may change conv1's outputs."""
-    size, pack = _check(x, a), a.pack
+    """What the op returns, densely; ``skip`` may change conv1's output."""
+    pack = a.pack
     forms = pack.weights, pack.winograd
     out = convolve3x3(x, *forms, 0, pack.biases[0], pack.stride, pack.dilation).relu()
-    out = convolve3x3(skip(out).to(x.dtype), *forms, 1, pack.biases[1], 1, 1)
+    out = (skip(out) if skip else out).to(x.dtype)
+    out = convolve3x3(out, *forms, 1, pack.biases[1])
     if a.mask is not None:
         kept = expand(a.mask, "mask", size, a.granularity)
         out = torch.where(kept, out, out.new_zeros(()))
@@ -267,18 +269,9 @@ def reference(
     return (out + side).relu().to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
 
 
-def _reference(x: Tensor, *arguments) -> Tensor:
-    return reference(x, _arguments(*arguments))
-
-
-def _check_in_place(a: _Arguments) -> None:
-    if len(a.pack.weights) == 3:
-        raise ValueError("weights must have no downsample convolution to work in place")
-
-
 def _reference_(x: Tensor, *arguments) -> None:
     a = _arguments(*arguments)
-    _check_in_place(a)
+    check_in_place(a.pack.weights, 3)
     out = _reference(x, *arguments)
     if a.mask is not None:
         out = torch.where(expand(a.mask, "mask", x.shape[2:], a.granularity), out, x)
@@ -292,7 +285,7 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 
 def _fake_(x: Tensor, *arguments) -> None:
     a = _arguments(*arguments)
-    _check_in_place(a)
+    check_in_place(a.pack.weights, 3)
     _check(x, a)
 
 

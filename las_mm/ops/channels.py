@@ -13,7 +13,8 @@ from las_mm.compat import register_fake
 from las_mm.ops import bottleneck
 from las_mm.ops.convolution import convolve, empty_map, expand
 from las_mm.ops.library import LIBRARY
-from las_mm.ops.masks import MASK_DTYPES, check_kind, check_map, check_vector
+from las_mm.ops.masks import check_channel_mask, check_kind, check_map, check_vector
+from las_mm.ops.packing import unpack_winograd
 
 _SCHEMA = (
     "Tensor? mask, Tensor channel_mask, Tensor[] weights, Tensor[] biases, Tensor[]? constants, "
@@ -49,27 +50,6 @@ class _Arguments(NamedTuple):
         return bottleneck._Arguments(**values)
 
 
-def check_channel_mask(mask: Tensor, x: Tensor, width: int) -> None:
-    """Raise ValueError unless ``mask`` decides about groups of ``width`` channels per image."""
-    shape = mask.shape
-    if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] <= 0 or width % shape[1]:
-        raise ValueError(
-            f"channel_mask must have shape ({x.shape[0]}, k) with k dividing {width} channels, "
-            f"got {list(shape)}"
-        )
-    if mask.dtype not in MASK_DTYPES:
-        raise ValueError(f"channel_mask must be bool, uint8 or floating point, got {mask.dtype}")
-    if mask.device != x.device:
-        raise ValueError(f"channel_mask must be on {x.device}, got {mask.device}")
-
-
-def wanted_channels(mask: Tensor, width: int) -> Tensor:
-    """Decision per channel, bool (N, width, 1, 1); ValueError if the mask is not finite."""
-    if mask.is_floating_point() and not mask.isfinite().all():
-        raise ValueError("channel_mask must be finite, got NaN or infinity")
-    return (mask > 0.5).repeat_interleave(width // mask.shape[1], 1)[:, :, None, None]
-
-
 def _check(x: Tensor, a: _Arguments) -> list[int]:
     """Raise ValueError as ops/cpu/channel_bottleneck.cpp does; return (H, W) of the output."""
     size = bottleneck._check(x, a.without_channels)
@@ -92,7 +72,10 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     a = _Arguments(*arguments)
     size = _check(x, a)
     width = a.biases[0].numel()
-    wanted = wanted_channels(a.channel_mask, width)
+    wanted = a.channel_mask
+    if wanted.is_floating_point() and not wanted.isfinite().all():
+        raise ValueError("channel_mask must be finite, got NaN or infinity")
+    wanted = (wanted > 0.5).repeat_interleave(width // wanted.shape[1], 1)[:, :, None, None]
 
     def skip(out: Tensor, which: int) -> Tensor:
         constant = out.new_zeros(width) if a.constants is None else a.constants[which]
@@ -100,7 +83,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
 
     out = skip(convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1), 0)
     if a.winograd is not None and not a.weights[1].numel():
-        out = bottleneck.winograd_reference(out, a.winograd, a.biases[1])
+        out = F.conv2d(out, unpack_winograd(a.winograd, width, width), a.biases[1], padding=1)
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = skip(out, 1)
@@ -113,7 +96,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
 
 def _reference_(x: Tensor, *arguments) -> None:
     a = _Arguments(*arguments)
-    bottleneck._check_in_place(a.without_channels)
+    bottleneck.check_in_place(a.weights, 4)
     out = _reference(x, *arguments)
     if a.mask is not None:
         out = torch.where(expand(a.mask, "mask", x.shape[2:], a.granularity), out, x)
@@ -127,7 +110,7 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 
 def _fake_(x: Tensor, *arguments) -> None:
     a = _Arguments(*arguments)
-    bottleneck._check_in_place(a.without_channels)
+    bottleneck.check_in_place(a.weights, 4)
     _check(x, a)
 
 

@@ -112,7 +112,7 @@ def _reference(buffer: Tensor, *arguments) -> None:
     x = buffer[:, :c_in].float()
     x = torch.addcmul(shift[:, None, None], x, scale[:, None, None]).relu().to(buffer.dtype)
     x = convolve(x, a.weights[0], biases[0], 1, 1, 1, 1).relu().to(buffer.dtype)
-    x = convolve3x3(x, a.weights, [*a.winograd, *a.winograd], 1, biases[1], 1, 1)
+    x = convolve3x3(x, a.weights, [*a.winograd, *a.winograd], 1, biases[1])
     if a.mask is not None:
         kept = expand(a.mask, "mask", buffer.shape[2:], a.granularity)
         x = torch.where(kept, x, x.new_zeros(()))

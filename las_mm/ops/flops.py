@@ -35,15 +35,17 @@ def _positions(
     return kept, halo
 
 
-def _wanted(channel_mask: Tensor, width: int) -> Tensor:
-    """1 for each wanted one of ``width`` channels of each image, else 0; (N, width) float64."""
-    decisions = (channel_mask.detach().cpu().double() > 0.5).double()
-    return decisions.repeat_interleave(width // decisions.shape[1], dim=1)
-
-
 def _products(weights: Sequence[Tensor] | None) -> int:
     """Multiply-accumulates for one image of fully connected layers among weights and biases."""
     return sum(weight.numel() for weight in weights or () if weight.dim() == 2)
+
+
+def _wanted(channel_mask: Tensor | None, images: int, width: int) -> Tensor:
+    """1 for every wanted channel, else 0; (N, width) float64."""
+    if channel_mask is None:
+        return torch.ones(images, width, dtype=torch.float64)
+    decisions = (channel_mask.detach().cpu().double() > 0.5).double()
+    return decisions.repeat_interleave(width // decisions.shape[1], dim=1)
 
 
 def _bottleneck(
@@ -68,12 +70,9 @@ def _bottleneck(
     width, c_out = biases[0].numel(), biases[2].numel()
     size = [ceil_div(n, strides[0]) for n in x.shape[2:]]
     kept, halo = _positions(mask, images, size, granularity, strides[1], dilation)
-    wanted = torch.full((images,), float(width), dtype=torch.float64)
-    pairs = wanted * (width // groups)  # input and output channels of conv2 that meet
-    if channel_mask is not None:
-        each = _wanted(channel_mask, width)
-        wanted = each.sum(1)
-        pairs = each.unflatten(1, (groups, -1)).sum(2).square().sum(1)
+    each = _wanted(channel_mask, images, width)
+    wanted = each.sum(1)
+    pairs = each.unflatten(1, (groups, -1)).sum(2).square().sum(1)  # channels of conv2 that meet
     macs = halo * c_in * wanted + kept * 9 * pairs + kept * wanted * c_out
     total = int(macs.sum()) + images * _products(excitation)
     if len(biases) == 4:  # the shortcut's convolution is computed everywhere
@@ -114,12 +113,10 @@ def _basic(
     granularity, stride, _dilation = geometry
     images, c_in = x.shape[:2]
     hidden, c_out = biases[0].numel(), biases[1].numel()
+    wanted = _wanted(channel_mask, images, hidden).sum(1)
     size = [ceil_div(n, stride) for n in x.shape[2:]]
     kept, halo = _positions(mask, images, size, granularity, 1, 1)
-    wanted = torch.full((images,), float(hidden), dtype=torch.float64)
-    if channel_mask is not None:
-        wanted = _wanted(channel_mask, hidden).sum(1)
-    total = 9 * int(((halo * c_in + kept * c_out) * wanted).sum())
+    total = int(((halo * c_in + kept * c_out) * wanted).sum()) * 9
     if len(biases) == 3:  # the shortcut's convolution is computed everywhere
         total += (
             images * size[0] * size[1] * (c_in if shortcut is None else shortcut.shape[1]) * c_out
@@ -129,19 +126,20 @@ def _basic(
 
 def _channel_basic(
     x: Tensor,
-    mask: Tensor | None,
     channel_mask: Tensor,
+    constant: Tensor | None,
+    mask: Tensor | None,
     shortcut: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     winograd: Sequence[Tensor],
-    constants: Tensor | None,
     geometry: Sequence[int],
     winograd_cost: float,
     **_: Any,
 ) -> int:
-    lists = weights, biases, winograd, []
-    return _basic(x, mask, shortcut, *lists, geometry, [], channel_mask=channel_mask)
+    forms = weights, biases, winograd, ()
+    plan = (winograd_cost, 1.0)
+    return _basic(x, mask, shortcut, *forms, geometry, plan, channel_mask=channel_mask)
 
 
 def _dense_layer(
@@ -230,10 +228,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_bottleneck_": _bottleneck,
     "channel_bottleneck": _channel_bottleneck,
     "channel_bottleneck_": _channel_bottleneck,
-    "sparse_basic": _basic,
-    "sparse_basic_": _basic,
     "channel_basic": _channel_basic,
     "channel_basic_": _channel_basic,
+    "sparse_basic": _basic,
+    "sparse_basic_": _basic,
     "sparse_dense_layer_": _dense_layer,
     "dense_transition_": _dense_transition,
     "spatial_mask": _spatial_mask,

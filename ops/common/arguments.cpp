@@ -58,6 +58,26 @@ int64_t check_channel_masker(const at::Tensor& x, const std::vector<at::Tensor>&
   return width / 2;
 }
 
+void check_shortcut_map(const at::Tensor& shortcut, const at::Tensor& x, int64_t height,
+                        int64_t width) {
+  check_map(shortcut, "shortcut");
+  check_same(shortcut, x, "shortcut");
+  TORCH_CHECK_VALUE(shortcut.size(0) == x.size(0) && shortcut.size(2) == height &&
+                        shortcut.size(3) == width,
+                    "shortcut must have ", x.size(0), " images of ", height, "x", width, ", got ",
+                    shortcut.sizes());
+}
+
+void check_channel_mask(const at::Tensor& channel_mask, const at::Tensor& x, int64_t width) {
+  TORCH_CHECK_VALUE(channel_mask.dim() == 2 && channel_mask.size(0) == x.size(0) &&
+                        channel_mask.size(1) > 0 && width % channel_mask.size(1) == 0,
+                    "channel_mask must have shape (", x.size(0), ", k) with k dividing ", width,
+                    " channels, got ", channel_mask.sizes());
+  check_mask_dtype(channel_mask, "channel_mask");
+  TORCH_CHECK_VALUE(channel_mask.device() == x.device(), "channel_mask must be on ", x.device(),
+                    ", got ", channel_mask.device());
+}
+
 void check_masker_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   check_map(x, "x");
   check_vector(bias, "bias", bias.numel(), at::kFloat, x);

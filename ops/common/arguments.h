@@ -21,6 +21,13 @@ int64_t check_channel_masker(const at::Tensor& x, const std::vector<at::Tensor>&
                              const std::vector<at::Tensor>& biases,
                              const Optional<at::Tensor>& offset);
 
+// What a downsample convolution reads in place of x.
+void check_shortcut_map(const at::Tensor& shortcut, const at::Tensor& x, int64_t height,
+                        int64_t width);
+
+// Decisions about `width` channels of the images of x.
+void check_channel_mask(const at::Tensor& channel_mask, const at::Tensor& x, int64_t width);
+
 // Without those of the masker.
 void check_masker_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
 

@@ -38,14 +38,7 @@ void check_shortcut(const at::Tensor& x, const BasicArguments& a, const BasicSha
                       s.c_in, " channels, got ", a.stride, " and ", s.c_out);
     return;
   }
-  if (a.shortcut) {
-    check_map(*a.shortcut, "shortcut");
-    check_same(*a.shortcut, x, "shortcut");
-    TORCH_CHECK_VALUE(a.shortcut->size(0) == s.images && a.shortcut->size(2) == s.out_height &&
-                          a.shortcut->size(3) == s.out_width,
-                      "shortcut must have ", s.images, " images of ", s.out_height, "x",
-                      s.out_width, ", got ", a.shortcut->sizes());
-  }
+  if (a.shortcut) check_shortcut_map(*a.shortcut, x, s.out_height, s.out_width);
   check_packed(a.weights[2], "weights[2]", s.c_out, a.shortcut ? a.shortcut->size(1) : s.c_in, 1, 1,
                x);
 }
@@ -63,8 +56,8 @@ BasicArguments::BasicArguments(const Optional<at::Tensor>& mask,
       biases(contiguous(std::move(biases))),
       winograd(contiguous(std::move(winograd))),
       dense(std::move(dense)) {
-  TORCH_CHECK_VALUE(geometry.size() == 3,
-                    "geometry must be (granularity, stride, dilation), got ", geometry);
+  TORCH_CHECK_VALUE(geometry.size() == 3, "geometry must be (granularity, stride, dilation), got ",
+                    geometry);
   TORCH_CHECK_VALUE(plan.size() == 2, "plan must be (winograd_cost, dense_above), got ", plan);
   granularity = geometry[0], stride = geometry[1], dilation = geometry[2];
   winograd_cost = plan[0], dense_above = plan[1];
@@ -74,11 +67,11 @@ BasicShape check(const at::Tensor& x, const BasicArguments& a) {
   check_map(x, "x");
   check_stride(a.stride, "stride");
   check_positive(a.dilation, "dilation");
-  TORCH_CHECK_VALUE((a.weights.size() == 2 || a.weights.size() == 3) &&
-                        a.biases.size() == a.weights.size(),
-                    "weights and biases must be those of conv1, conv2 and, where there is one, the "
-                    "downsample convolution, got ",
-                    a.weights.size(), " and ", a.biases.size());
+  TORCH_CHECK_VALUE(
+      (a.weights.size() == 2 || a.weights.size() == 3) && a.biases.size() == a.weights.size(),
+      "weights and biases must be those of conv1, conv2 and, where there is one, the "
+      "downsample convolution, got ",
+      a.weights.size(), " and ", a.biases.size());
   TORCH_CHECK_VALUE(a.winograd.empty() || a.winograd.size() == 2,
                     "winograd must be empty or hold conv1's and conv2's weights, got ",
                     a.winograd.size());
@@ -101,6 +94,10 @@ BasicShape check(const at::Tensor& x, const BasicArguments& a) {
   if (a.mask) check_mask_for(*a.mask, "mask", x, s.out_height, s.out_width, a.granularity);
   check_positions(s.images * s.height * s.width, "x");
   return s;
+}
+
+void check_in_place(size_t weights) {
+  TORCH_CHECK_VALUE(weights != 3, "weights must have no downsample convolution to work in place");
 }
 
 }  // namespace las_mm

@@ -31,5 +31,6 @@ struct BasicShape {
 
 // Throws ValueError, naming the argument, if something does not fit.
 BasicShape check(const at::Tensor& x, const BasicArguments& a);
+void check_in_place(size_t weights);  // for a block of so many convolutions
 
 }  // namespace las_mm

@@ -124,15 +124,4 @@ inline void check_mask_for(const at::Tensor& mask, const char* name, const at::T
                     granularity, "), got ", mask.sizes());
 }
 
-// Decisions about groups of consecutive ones among `width` channels, per image.
-inline void check_channel_mask(const at::Tensor& mask, const at::Tensor& x, int64_t width) {
-  TORCH_CHECK_VALUE(mask.dim() == 2 && mask.size(0) == x.size(0) && mask.size(1) > 0 &&
-                        width % mask.size(1) == 0,
-                    "channel_mask must have shape (", x.size(0), ", k) with k dividing ", width,
-                    " channels, got ", mask.sizes());
-  check_mask_dtype(mask, "channel_mask");
-  TORCH_CHECK_VALUE(mask.device() == x.device(), "channel_mask must be on ", x.device(), ", got ",
-                    mask.device());
-}
-
 }  // namespace las_mm

@@ -19,7 +19,7 @@ DenseLayerShape check(const at::Tensor& buffer, const DenseLayerArguments& a) {
                     a.winograd.size());
   TORCH_CHECK_VALUE(a.winograd_cost >= 0, "winograd_cost must be a number from 0 up, got ",
                     a.winograd_cost);
-  const DenseLayerShape s{buffer.size(0),         buffer.size(2),         buffer.size(3),
+  const DenseLayerShape s{buffer.size(0),       buffer.size(2),       buffer.size(3),
                           a.vectors[0].numel(), a.vectors[2].numel(), a.vectors[3].numel()};
   const int64_t sizes[] = {s.c_in, s.c_in, s.hidden, s.growth};
   for (size_t i = 0; i < 4; ++i) {

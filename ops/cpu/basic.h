@@ -1,7 +1,10 @@
-// The work of sparse_basic and channel_basic: a basic block at kept positions.
+// The work of sparse_basic and channel_basic: two 3x3 convolutions and a shortcut at kept
+// positions.
 //
 // conv1 runs at the positions that a kept output reads, then conv2 adds to the shortcut.
 #pragma once
+
+#include <algorithm>
 
 #include "common/basic_arguments.h"
 #include "cpu/conv3x3.h"
@@ -12,50 +15,52 @@ inline MaskGeometry geometry(const BasicArguments& a, const BasicShape& s) {
   return {s.out_height, s.out_width, 1, 1, a.mask ? a.granularity : 1};
 }
 
-// Convolution `i` as it was packed.
 template <typename T>
 Conv<T> convolution(const BasicArguments& a, size_t i, int64_t depth, int64_t channels) {
   const at::Tensor& direct = a.weights[i];
   const bool tiled = !a.winograd.empty() && a.winograd[i].numel() > 0;
-  return {depth, channels, direct.numel() > 0 ? values(direct, T{}) : nullptr,
+  return {depth,
+          channels,
+          direct.numel() > 0 ? values(direct, T{}) : nullptr,
           tiled ? a.winograd[i].const_data_ptr<float>() : nullptr,
-          a.biases[i].const_data_ptr<float>(), true};
-}
-
-// What the downsample convolution reads, channels_last as `x` is.
-inline at::Tensor shortcut_map(const at::Tensor& x, const BasicArguments& a) {
-  return a.shortcut ? a.shortcut->contiguous(at::MemoryFormat::ChannelsLast) : x;
+          a.biases[i].const_data_ptr<float>(),
+          true};
 }
 
 // The maps of images, all channels_last. `shortcut`: what the downsample convolution reads.
 template <typename T>
 struct Maps {
-  Maps(const at::Tensor& x, const at::Tensor& side, const BasicArguments& a,
-       const at::Tensor& decisions, const at::Tensor& out)
-      : x(values(x, T{})),
-        shortcut{values(side, T{}), side.size(2), side.size(3), side.size(1)},
-        shortcut_stride(a.shortcut ? 1 : a.stride),
-        patches(decisions.defined() ? decisions.const_data_ptr<bool>() : nullptr),
-        patches_step(decisions.defined() ? decisions.stride(0) : 0),
-        out(mutable_values(out, T{})) {}
-
-  // Those from image `first` on.
-  Maps from(int64_t first, const BasicShape& s) const {
-    Maps maps = *this;
-    maps.x += first * s.height * s.width * s.c_in;
-    maps.shortcut.data = shortcut.at(first, 0, 0);
-    if (patches) maps.patches += first * patches_step;
-    maps.out += first * s.out_height * s.out_width * s.c_out;
-    return maps;
-  }
-
   const T* x;
   Rows<const T> shortcut;
   int64_t shortcut_stride;
-  const bool* patches;   // null: all are kept
-  int64_t patches_step;  // from image to image
+  const bool* patches;  // null: all are kept
   T* out;
 };
+
+// What the downsample convolution reads.
+inline at::Tensor side_of(const at::Tensor& x, const BasicArguments& a) {
+  return a.shortcut ? a.shortcut->contiguous(at::MemoryFormat::ChannelsLast) : x;
+}
+
+template <typename T>
+Maps<T> maps_of(const at::Tensor& x, const at::Tensor& side, const BasicArguments& a,
+                const at::Tensor& patches, const at::Tensor& out) {
+  return {values(x, T{}),
+          {values(side, T{}), side.size(2), side.size(3), side.size(1)},
+          a.shortcut ? 1 : a.stride,
+          patches.defined() ? patches.const_data_ptr<bool>() : nullptr,
+          mutable_values(out, T{})};
+}
+
+// Those of the images from `first` on.
+template <typename T>
+Maps<T> from_image(Maps<T> maps, int64_t first, const BasicShape& s, const MaskGeometry& g) {
+  maps.x += first * s.height * s.width * s.c_in;
+  maps.shortcut.data = maps.shortcut.at(first, 0, 0);
+  if (maps.patches) maps.patches += first * g.rows.patches() * g.columns.patches();
+  maps.out += first * s.out_height * s.out_width * s.c_out;
+  return maps;
+}
 
 // Which convolutions run in Winograd form.
 struct Forms {
@@ -66,24 +71,21 @@ template <typename T>
 class Basic {
  public:
   Basic(const BasicArguments& a, const BasicShape& s, const Maps<T>& maps)
-      : a_(a),
-        s_(s),
-        maps_(maps),
-        g_(geometry(a, s)),
-        w_(workspace()),
-        conv1_(convolution<T>(a, 0, s.c_in, s.hidden)),
-        conv2_(convolution<T>(a, 1, s.hidden, s.c_out)) {}
+      : a_(a), s_(s), maps_(maps), g_(geometry(a, s)), w_(workspace()) {}
+
+  Conv<T> conv1() const { return convolution<T>(a_, 0, s_.c_in, s_.hidden); }
+  Conv<T> conv2() const { return convolution<T>(a_, 1, s_.hidden, s_.c_out); }
 
   Forms forms() {
-    const auto list = [&] { list_positions(maps_.patches, s_.images, g_, {false, true, true, true}, w_); };
+    const auto list = [&] {
+      list_positions(maps_.patches, s_.images, g_, {false, true, true, true}, w_);
+    };
     const double cost = a_.winograd_cost;
-    return {prefers_tiles(conv1_, cost, w_.halo_tiles, w_.halo, list),
-            prefers_tiles(conv2_, cost, w_.tiles, w_.kept, list)};
+    return {prefers_tiles(conv1(), cost, w_.halo_tiles, w_.halo, list),
+            prefers_tiles(conv2(), cost, w_.tiles, w_.kept, list)};
   }
 
-  void run(const Forms& forms) { run(forms, conv1_, conv2_); }
-
-  // conv1 may have fewer outputs than the block, of which conv2 has the inputs.
+  // The convolutions may be those of some hidden channels.
   void run(const Forms& forms, const Conv<T>& conv1, const Conv<T>& conv2) {
     const bool in_place = static_cast<const T*>(maps_.out) == maps_.x;
     Wanted wanted;
@@ -92,17 +94,16 @@ class Basic {
     wanted.halo_tiles = forms.conv1_tiles;
     wanted.tiles = forms.conv2_tiles;
     list_positions(maps_.patches, s_.images, g_, wanted, w_);
-    const int64_t channels = conv2.inputs();
-    T* zeros = w_.zeros.template get<T>(std::max(s_.c_in, channels));
-    std::fill_n(zeros, std::max(s_.c_in, channels), T{});
+    T* zeros = w_.zeros.template get<T>(std::max(s_.c_in, conv2.inputs()));
+    std::fill_n(zeros, std::max(s_.c_in, conv2.inputs()), T{});
 
     if (s_.downsample) downsample(w_.kept, false);
     if (s_.downsample) downsample(w_.dropped, true);
     if (!s_.downsample) pass(w_.dropped, zeros);
 
-    const int64_t row = ceil_div(channels, kLanes) * kLanes;  // starts at a cache line
-    const Rows<T> hidden{w_.map.template get<T>(s_.images * s_.out_height * s_.out_width * row),
-                         s_.out_height, s_.out_width, row};
+    const int64_t row = ceil_div(conv2.inputs(), kLanes) * kLanes;  // starts at a cache line
+    const int64_t positions = s_.images * s_.out_height * s_.out_width;
+    const Rows<T> hidden{w_.map.template get<T>(positions * row), s_.out_height, s_.out_width, row};
     const Rows<const T> x{maps_.x, s_.height, s_.width, s_.c_in};
     const auto to_hidden = [&](int64_t image, int64_t y, int64_t x) {
       return Place<T>{nullptr, hidden.at(image, y, x)};
@@ -111,11 +112,8 @@ class Basic {
     const bool tiles1 = forms.conv1_tiles, tiles2 = forms.conv2_tiles;
     Conv3x3<T>(x, conv1, a_.stride, a_.dilation, zeros)
         .run({tiles1 ? w_.halo_tiles : w_.halo, tiles1, halo}, false, to_hidden);
-    if (conv2.constant) {
-      T* next = hidden.data + conv2.depth;
-      for (int64_t i = 0; i < s_.images * hidden.height * hidden.width; ++i, next += row) {
-        *next = one(T{});
-      }
+    for (int64_t i = 0; conv2.constant && i < positions; ++i) {
+      hidden.data[i * row + conv2.depth] = one(T{});
     }
 
     const auto to_out = [&](int64_t image, int64_t y, int64_t x) {
@@ -146,21 +144,21 @@ class Basic {
 
   void downsample(const Positions& list, bool relu) const {
     const Panels panels{s_.c_out};
-    parallel_chunks(
-        list.size(), kChunkRows, panels.count(),
-        [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
-          const T** in = scratch().pointers.template get<const T*>(2 * (hi - lo));
-          T** out = const_cast<T**>(in) + (hi - lo);
-          for (int64_t i = lo; i < hi; ++i) {
-            const Point p = point(list[i], s_.out_height, s_.out_width);
-            const int64_t stride = maps_.shortcut_stride;
-            in[i - lo] = maps_.shortcut.at(p.image, p.y * stride, p.x * stride);
-            out[i - lo] = maps_.out + list[i] * s_.c_out;
-          }
-          const Tap<T> tap{in, 0, maps_.shortcut.pitch, values(a_.weights[2], T{}), 0, 1};
-          run_panels<T>(hi - lo, &tap, 1, panels, first, last,
-                        {a_.biases[2].const_data_ptr<float>(), nullptr, out, 0, relu});
-        });
+    parallel_chunks(list.size(), kChunkRows, panels.count(),
+                    [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
+                      const T** in = scratch().pointers.template get<const T*>(2 * (hi - lo));
+                      T** out = const_cast<T**>(in) + (hi - lo);
+                      for (int64_t i = lo; i < hi; ++i) {
+                        const Point p = point(list[i], s_.out_height, s_.out_width);
+                        const int64_t stride = maps_.shortcut_stride;
+                        in[i - lo] = maps_.shortcut.at(p.image, p.y * stride, p.x * stride);
+                        out[i - lo] = maps_.out + list[i] * s_.c_out;
+                      }
+                      const Tap<T> tap{in, 0, maps_.shortcut.pitch, values(a_.weights[2], T{}),
+                                       0,  1};
+                      run_panels<T>(hi - lo, &tap, 1, panels, first, last,
+                                    {a_.biases[2].const_data_ptr<float>(), nullptr, out, 0, relu});
+                    });
   }
 
   const BasicArguments& a_;
@@ -168,7 +166,6 @@ class Basic {
   const Maps<T> maps_;
   const MaskGeometry g_;
   Workspace& w_;
-  const Conv<T> conv1_, conv2_;
 };
 
 }  // namespace las_mm::cpu

@@ -1,5 +1,5 @@
-// las_mm::channel_basic and channel_basic_: a basic block of which every image computes the channels
-// of conv1's output that it wants, at the positions that it keeps.
+// las_mm::channel_basic and channel_basic_: a basic block of which every image computes the hidden
+// channels that it wants, at the positions that it keeps.
 //
 // The weights of an image's channels are gathered into smaller convolutions, which then run like
 // those of sparse_basic: both cost the share of the channels.
@@ -8,99 +8,118 @@
 
 #include <utility>
 
+#include "common/arguments.h"
 #include "common/checks.h"
 #include "cpu/basic.h"
-#include "cpu/image_groups.h"
-#include "cpu/select_channels.h"
+#include "cpu/gather_channels.h"
 
 namespace las_mm::cpu {
 namespace {
 
-// The weights of one image's channels, in the given forms.
+void assign(float value, float& out) { out = value; }
+void assign(float value, bf16& out) { out.bits = c10::BFloat16(value).x; }
+
+// The convolutions of the hidden channels that one image wants, in `memory`.
 template <typename T>
 class SelectedBasic {
  public:
-  SelectedBasic(const BasicArguments& a, const BasicShape& s, const Selection& c,
-                const Forms& forms, const float* constants, SelectedMemory& memory) {
-    const bool tiles[2] = {forms.conv1_tiles, forms.conv2_tiles};
-    const auto packed = [&](size_t i) {
-      return values(tiles[i] ? a.winograd[i] : a.weights[i], T{});
-    };
-    const int64_t taps[2] = {tiles[0] ? kTile : 9, tiles[1] ? kTile : 9};
-    const GatheredConv<T> parts[2] = {
-        {packed(0), s.c_in, s.hidden, taps[0], nullptr, s.c_in, c.on.data()},
-        {packed(1), s.hidden, s.c_out, taps[1], c.channels.data(), c.count(), nullptr}};
-    char* to[2] = {memory.weights.get<char>(parts[0].bytes() + parts[1].bytes())};
-    to[1] = to[0] + parts[0].bytes();
-    const int64_t tasks[2] = {parts[0].tasks(), parts[1].tasks()};
-    float* bias = memory.vectors.get<float>(c.count() + s.hidden);
-    T* skipped = reinterpret_cast<T*>(bias + c.count());
-    for (int64_t i = 0; i < s.hidden; ++i) {
-      assign(constants == nullptr || c.on[i] ? 0.0f : constants[i], skipped[i]);
+  // Of the whole block's convolutions, in the forms that are used. `constant`: what skipped
+  // channels hold, null: zero.
+  SelectedBasic(Conv<T> conv1, Conv<T> conv2, const Forms& forms, const Selection& c,
+                const float* constant, SelectedMemory& memory)
+      : conv1_(conv1), conv2_(conv2) {
+    const int64_t taps[2] = {forms.conv1_tiles ? kTile : 9, forms.conv2_tiles ? kTile : 9};
+    parts_.add(used(conv1, forms.conv1_tiles), conv1.depth, conv1.channels, taps[0], nullptr,
+               conv1.depth, c.on.data());
+    parts_.add(used(conv2, forms.conv2_tiles), conv2.depth, conv2.channels, taps[1],
+               c.channels.data(), c.count(), nullptr);
+    char* next = memory.weights.template get<char>(parts_.bytes(0) + parts_.bytes(1));
+    parts_[0].to.data = next;
+    parts_[1].to.data = next + parts_.bytes(0);
+    set(conv1_, forms.conv1_tiles, parts_[0].to.data);
+    set(conv2_, forms.conv2_tiles, parts_[1].to.data);
+    conv1_.channels = conv2_.depth = c.count();
+
+    const int64_t hidden = conv1.channels;
+    float* bias = memory.vectors.template get<float>(2 * hidden);
+    T* skipped = reinterpret_cast<T*>(bias + hidden);
+    for (int64_t i = 0; i < c.count(); ++i) bias[i] = conv1.bias[c.channels[i]];
+    conv1_.bias = bias;
+    char* sums = nullptr;
+    if (constant) {
+      for (int64_t i = 0; i < hidden; ++i) assign(c.on[i] ? 0.0f : constant[i], skipped[i]);
+      sums = memory.constant.template get<char>(parts_.constant_bytes(1));
+      conv2_.constant = reinterpret_cast<const T*>(sums);
     }
-    char* sums = constants ? memory.constant.get<char>(parts[1].constant_bytes()) : nullptr;
-    parallel_tasks(tasks[0] + tasks[1] + (constants ? taps[1] : 0), [&](int64_t task) {
-      if (task < tasks[0]) return parts[0].gather(task, to[0]);
-      if (task < tasks[0] + tasks[1]) return parts[1].gather(task - tasks[0], to[1]);
-      parts[1].sum(skipped, task - tasks[0] - tasks[1], sums);
+    const int64_t first = taps[0] * parts_[0].to.panels.count();
+    const int64_t second = first + taps[1] * parts_[1].to.panels.count();
+    parallel_tasks(second + (constant ? taps[1] : 0), [&](int64_t task) {
+      if (task >= second) return parts_.sum_constants(1, skipped, hidden, task - second, sums);
+      const size_t i = task >= first ? 1 : 0;
+      const int64_t rest = task - (i ? first : 0);
+      parts_.gather_tap(i, rest / taps[i], rest % taps[i]);
     });
-    for (int64_t i = 0; i < c.count(); ++i) {
-      bias[i] = a.biases[0].const_data_ptr<float>()[c.channels[i]];
-    }
-    for (int i = 0; i < 2; ++i) {
-      convs_[i] = {i == 0 ? s.c_in : c.count(),
-                   parts[i].outputs(),
-                   reinterpret_cast<const T*>(to[i]),
-                   reinterpret_cast<const float*>(to[i]),
-                   i == 0 ? bias : a.biases[1].const_data_ptr<float>(),
-                   true,
-                   i == 0 ? nullptr : reinterpret_cast<const T*>(sums)};
+  }
+
+  const Conv<T>& conv1() const { return conv1_; }
+  const Conv<T>& conv2() const { return conv2_; }
+
+ private:
+  static const T* used(const Conv<T>& conv, bool tiles) {
+    return tiles ? reinterpret_cast<const T*>(conv.winograd) : conv.direct;
+  }
+  static void set(Conv<T>& conv, bool tiles, const char* data) {
+    if (tiles) {
+      conv.winograd = reinterpret_cast<const float*>(data);
+    } else {
+      conv.direct = reinterpret_cast<const T*>(data);
     }
   }
 
-  const Conv<T>& conv(int i) const { return convs_[i]; }
-
- private:
-  Conv<T> convs_[2];
+  GatheredConvs<T> parts_;
+  Conv<T> conv1_, conv2_;
 };
 
 template <typename T>
-void run_channels(const at::Tensor& x, const BasicArguments& a, const BasicShape& all,
-                  const at::Tensor& patches, const at::Tensor& channels, const float* constants,
+void run_channels(const at::Tensor& x, const BasicArguments& a, const BasicShape& s,
+                  const at::Tensor& patches, const at::Tensor& channels, const float* constant,
                   const at::Tensor& out) {
-  const at::Tensor side = shortcut_map(x, a);
-  const Maps<T> maps(x, side, a, patches, out);
-  const std::vector<int64_t> kept = outputs_of_images(geometry(a, all), all.images, patches);
-  const Forms forms = Basic<T>(a, all, maps).forms();
+  const at::Tensor side = side_of(x, a);
+  const Maps<T> all = maps_of<T>(x, side, a, patches, out);
+  const MaskGeometry g = geometry(a, s);
+  const Forms forms = Basic<T>(a, s, all).forms();
+  const int64_t decisions = channels.size(1);
   const auto run = [&](int64_t n) {
-    BasicShape s = all;
-    s.images = 1;
-    const Selection selection(channels.const_data_ptr<bool>() + n * channels.size(1),
-                              channels.size(1), s.hidden, 1);
-    Basic<T> block(a, s, maps.from(n, all));
-    if (selection.count() == s.hidden || kept[n] == 0) return block.run(forms);
+    BasicShape part = s;
+    part.images = 1;
+    Basic<T> block(a, part, from_image(all, n, s, g));
+    const Selection selection(channels.const_data_ptr<bool>() + n * decisions, decisions, s.hidden,
+                              1);
+    if (selection.count() == s.hidden) return block.run(forms, block.conv1(), block.conv2());
     std::deque<SelectedMemory>& memory = workspace().selected;
     if (memory.empty()) memory.emplace_back();
-    const SelectedBasic<T> weights(a, s, selection, forms, constants, memory[0]);
-    block.run(forms, weights.conv(0), weights.conv(1));
+    const SelectedBasic<T> selected(block.conv1(), block.conv2(), forms, selection, constant,
+                                    memory[0]);
+    block.run(forms, selected.conv1(), selected.conv2());
   };
-  if (all.images < free_threads()) {
-    for (int64_t n = 0; n < all.images; ++n) run(n);
+  if (s.images < free_threads()) {
+    for (int64_t n = 0; n < s.images; ++n) run(n);
   } else {
-    parallel_tasks(all.images, run);
+    parallel_tasks(s.images, run);
   }
 }
 
-// Runs into `x` or into a new map; returns it.
-at::Tensor run(const at::Tensor& x, const BasicArguments& a, const at::Tensor& channel_mask,
-               const Optional<at::Tensor>& constants, bool in_place) {
+// Into x itself or into a new map, which it returns.
+at::Tensor run(const at::Tensor& x, const at::Tensor& channel_mask,
+               const Optional<at::Tensor>& constant, const BasicArguments& a, bool in_place) {
   const BasicShape s = check(x, a);
   check_channel_mask(channel_mask, x, s.hidden);
-  if (constants) check_vector(*constants, "constants", s.hidden, at::kFloat, x);
-  const at::Tensor patches = a.mask ? decisions(*a.mask) : at::Tensor();
+  if (constant) check_vector(*constant, "constant", s.hidden, at::kFloat, x);
+  at::Tensor patches, vector;
+  if (a.mask) patches = decisions(*a.mask);
+  if (constant) vector = constant->contiguous();
   const at::Tensor channels = decisions(channel_mask, "channel_mask");
-  const at::Tensor skipped = constants ? constants->contiguous() : at::Tensor();
-  const float* values = constants ? skipped.const_data_ptr<float>() : nullptr;
+  const float* values = constant ? vector.const_data_ptr<float>() : nullptr;
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor out =
       in_place ? input : output_map(x, {s.images, s.c_out, s.out_height, s.out_width});
@@ -115,24 +134,39 @@ at::Tensor run(const at::Tensor& x, const BasicArguments& a, const at::Tensor& c
 using Tensors = std::vector<at::Tensor>;
 using MaybeTensor = Optional<at::Tensor>;
 
-at::Tensor channel_basic(const at::Tensor& x, const MaybeTensor& mask,
-                         const at::Tensor& channel_mask, const MaybeTensor& shortcut,
-                         Tensors weights, Tensors biases, Tensors winograd,
-                         const MaybeTensor& constants, at::IntArrayRef geometry,
-                         double winograd_cost) {
-  return run(x, {mask, shortcut, std::move(weights), std::move(biases), std::move(winograd), {},
-                 geometry, {winograd_cost, 1.0}}, channel_mask, constants, false);
+at::Tensor channel_basic(const at::Tensor& x, const at::Tensor& channel_mask,
+                         const MaybeTensor& constant, const MaybeTensor& mask,
+                         const MaybeTensor& shortcut, Tensors weights, Tensors biases,
+                         Tensors winograd, at::IntArrayRef geometry, double winograd_cost) {
+  const double plan[] = {winograd_cost, 1};
+  return run(x, channel_mask, constant,
+             {mask,
+              shortcut,
+              std::move(weights),
+              std::move(biases),
+              std::move(winograd),
+              {},
+              geometry,
+              plan},
+             false);
 }
 
-void channel_basic_(const at::Tensor& x, const MaybeTensor& mask, const at::Tensor& channel_mask,
+void channel_basic_(const at::Tensor& x, const at::Tensor& channel_mask,
+                    const MaybeTensor& constant, const MaybeTensor& mask,
                     const MaybeTensor& shortcut, Tensors weights, Tensors biases, Tensors winograd,
-                    const MaybeTensor& constants, at::IntArrayRef geometry,
-                    double winograd_cost) {
-  TORCH_CHECK_VALUE(weights.size() != 3,
-                    "weights must have no downsample convolution to work in place");
-  const at::Tensor out =
-      run(x, {mask, shortcut, std::move(weights), std::move(biases), std::move(winograd), {},
-              geometry, {winograd_cost, 1.0}}, channel_mask, constants, true);
+                    at::IntArrayRef geometry, double winograd_cost) {
+  check_in_place(weights.size());
+  const double plan[] = {winograd_cost, 1};
+  const at::Tensor out = run(x, channel_mask, constant,
+                             {mask,
+                              shortcut,
+                              std::move(weights),
+                              std::move(biases),
+                              std::move(winograd),
+                              {},
+                              geometry,
+                              plan},
+                             true);
   if (!out.is_same(x)) x.copy_(out);
 }
 

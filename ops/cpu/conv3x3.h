@@ -1,5 +1,5 @@
-// A 3x3 convolution at listed positions of a map, in direct or Winograd form. The map has no border:
-// taps in the padding read a row of zeros.
+// A 3x3 convolution at listed positions of a map, in direct or Winograd form. The map has no
+// border: taps in the padding read a row of zeros.
 #pragma once
 
 #include <algorithm>
@@ -38,11 +38,18 @@ struct Conv {
   const float* winograd;
   const float* bias;
   bool relu;
-  // Weights, in the form that is used, of one more input: 1 inside the map and 0 in the padding.
+  // Weights, in the form that is used, of one more input, which is 1 inside the map: the sum over
+  // the channels that are the same everywhere. Null: there are none.
   const T* constant = nullptr;
 
   int64_t inputs() const { return depth + (constant != nullptr); }
 };
+
+// With so many pairs of channels the weights do not fit the second-level cache. Chunks of outputs are
+// larger then (measured: 96 to 192 tiles are alike), and tiles go through the 16 values one after the
+// other, with all panels each: so that the weights are read few times.
+constexpr int64_t kManyWeights = 1 << 15;
+constexpr int64_t kLargeChunkTiles = 128, kLargeChunkRows = 192;
 
 // Which outputs are computed, and as what.
 struct Outputs {
@@ -50,19 +57,19 @@ struct Outputs {
   bool use_tiles;
   TileGrid grid;  // of the outputs
 
-  int64_t chunk() const { return use_tiles ? kChunkTiles : kChunkRows; }
   int64_t count() const { return static_cast<int64_t>(list.size()); }
 };
 
-// Whether a convolution runs in tiles: where these cut a mask, 16 products a tile stand against 9 an
-// output. `count()` lists those of all images, so that results do not depend on how threads share
-// them. `cost`: time of a product in a tile relative to another one.
+// Whether a convolution runs in tiles: where these cut a mask, 16 products a tile stand against 9
+// an output. `count()` lists those of all images, so that results do not depend on how threads
+// share them. `cost`: time of a product in a tile relative to another one.
 template <typename T, typename F>
 bool prefers_tiles(const Conv<T>& conv, double cost, const Positions& tiles,
                    const Positions& outputs, const F& count) {
   if (conv.winograd == nullptr || conv.direct == nullptr) return conv.winograd != nullptr;
   count();
-  return cost * kTile * static_cast<double>(tiles.size()) < 9.0 * static_cast<double>(outputs.size());
+  return cost * kTile * static_cast<double>(tiles.size()) <
+         9.0 * static_cast<double>(outputs.size());
 }
 
 // An output's row and what is added to it; a null row is not wanted.
@@ -75,7 +82,7 @@ struct Place {
 template <typename T>
 class Conv3x3 {
  public:
-  // `zeros`: as many as the convolution reads channels.
+  // `zeros`: as many as conv.inputs().
   Conv3x3(const Rows<const T>& from, const Conv<T>& conv, int64_t stride, int64_t dilation,
           const T* zeros)
       : from_(from),
@@ -88,7 +95,7 @@ class Conv3x3 {
   // `place(image, y, x)` is an output's Place.
   template <typename F>
   void run(const Outputs& outputs, bool has_residual, const F& place) const {
-    parallel_chunks(outputs.count(), outputs.chunk(), panels_.count(),
+    parallel_chunks(outputs.count(), chunk(outputs), panels_.count(),
                     [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
                       if constexpr (std::is_same_v<T, float>) {
                         if (outputs.use_tiles) {
@@ -100,6 +107,12 @@ class Conv3x3 {
   }
 
  private:
+  bool has_many_weights() const { return conv_.depth * conv_.channels >= kManyWeights; }
+  int64_t chunk(const Outputs& outputs) const {
+    if (outputs.use_tiles) return has_many_weights() ? kLargeChunkTiles : kChunkTiles;
+    return has_many_weights() ? kLargeChunkRows : kChunkRows;
+  }
+
   template <typename F>
   void rows(const Outputs& outputs, int64_t lo, int64_t hi, int64_t first, int64_t last,
             bool has_residual, const F& place) const {
@@ -138,7 +151,8 @@ class Conv3x3 {
              bool has_residual, const F& place) const {
     const TileGrid& grid = outputs.grid;
     const int64_t tiles = hi - lo;
-    const TileChunk chunk(tiles, conv_.inputs(), 8 * tiles);
+    const int64_t step = has_many_weights() ? last - first : 1;  // panels together
+    const TileChunk chunk(tiles, conv_.inputs(), step, 8 * tiles);
     float** out = chunk.more();
     const float** residual = const_cast<const float**>(out + 4 * tiles);
     for (int64_t i = 0; i < tiles; ++i) {
@@ -153,19 +167,22 @@ class Conv3x3 {
         out[4 * i + q] = to.out;
       }
     }
-    for (int64_t p = first; p < last; ++p) {
+    for (int64_t from = first; from < last; from += step) {
       for (int t = 0; t < kTile; ++t) {
-        const int64_t offset = chunk.offset(t);
-        const Tap<float> taps[2] = {
-            {chunk.in(), offset, conv_.depth, conv_.winograd, t, kTile},
-            {chunk.in(), offset + conv_.depth, 1, conv_.constant, t, kTile}};
-        run_panel<float>(tiles, taps, conv_.constant ? 2 : 1, panels_, p,
-                         {nullptr, nullptr, chunk.out(), chunk.column(t, p), false});
+        const int64_t at = chunk.offset(t);
+        const Tap<float> taps[] = {
+            {chunk.in(), at, conv_.depth, conv_.winograd, t, kTile},
+            {chunk.in(), at + conv_.depth, 1, conv_.constant, t, kTile}};
+        run_panels<float>(tiles, taps, conv_.constant ? 2 : 1, panels_, from, from + step,
+                          {nullptr, nullptr, chunk.out(), chunk.column(t, from), false});
       }
       for (int64_t i = 0; i < tiles; ++i) {
-        chunk.finish(i, panels_.valid(p), conv_.bias + p * kPanel,
-                     {has_residual ? residual + 4 * i : nullptr, out + 4 * i, p * kPanel,
-                      conv_.relu});
+        for (int64_t p = from; p < from + step; ++p) {
+          chunk.finish(i, panels_.valid(p), conv_.bias + p * kPanel,
+                       {has_residual ? residual + 4 * i : nullptr, out + 4 * i, p * kPanel,
+                        conv_.relu},
+                       p - from);
+        }
       }
     }
   }
@@ -173,17 +190,18 @@ class Conv3x3 {
   // The 4x4 positions from (top, left) on, of which some may be padding.
   void transform(const TileChunk& chunk, int64_t i, int64_t image, int64_t top,
                  int64_t left) const {
+    const int64_t inputs = conv_.inputs();
     if (top >= 0 && top + 4 <= from_.height && left >= 0 && left + 4 <= from_.width) {
       return chunk.transform(i, from_.at(image, top, left), from_.width * from_.pitch, from_.pitch,
-                             conv_.inputs());
+                             inputs);
     }
-    float* patch = scratch().hidden.template get<float>(kTile * conv_.inputs());
+    float* patch = scratch().hidden.template get<float>(kTile * inputs);
     for (int64_t q = 0; q < kTile; ++q) {
       const int64_t y = top + q / 4, x = left + q % 4;
       const bool inside = y >= 0 && y < from_.height && x >= 0 && x < from_.width;
-      std::copy_n(inside ? from_.at(image, y, x) : zeros_, conv_.inputs(), patch + q * conv_.inputs());
+      std::copy_n(inside ? from_.at(image, y, x) : zeros_, inputs, patch + q * inputs);
     }
-    chunk.transform(i, patch, 4 * conv_.inputs(), conv_.inputs(), conv_.inputs());
+    chunk.transform(i, patch, 4 * inputs, inputs, inputs);
   }
 
   const Rows<const T> from_;

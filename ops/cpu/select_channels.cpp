@@ -13,22 +13,10 @@ float widened(bf16 value) {
   std::memcpy(&result, &bits, sizeof result);
   return result;
 }
+void assign(float value, float& out) { out = value; }
+void assign(float value, bf16& out) { out.bits = c10::BFloat16(value).x; }
 
 }  // namespace
-
-Selection::Selection(const bool* wanted, int64_t decisions, int64_t width, int64_t groups)
-    : on(width) {
-  const int64_t together = width / decisions, channels_per_group = width / groups;
-  for (int64_t g = 0; g < groups; ++g) {
-    firsts.push_back(count());
-    for (int64_t i = 0; i < channels_per_group; ++i) {
-      const int64_t c = g * channels_per_group + i;
-      on[c] = wanted[c / together];
-      if (on[c]) channels.push_back(static_cast<int32_t>(i));
-    }
-  }
-  firsts.push_back(count());
-}
 
 template <typename T>
 SelectedWeights<T>::SelectedWeights(const Arguments& a, const Shape& s, const Selection& c,
@@ -46,14 +34,13 @@ SelectedWeights<T>::SelectedWeights(const Arguments& a, const Shape& s, const Se
       whole_.push_back(static_cast<int32_t>(g * channels + c.channels[i]));
     }
   }
-  parts_.emplace_back(values(a.weights[0], T{}), s.c_in, s.hidden, 1, nullptr, s.c_in,
-                      c.on.data());
-  parts_.emplace_back(values(a.weights[2], T{}), s.hidden, s.c_out, 1, whole_.data(), n, nullptr);
+  parts_.add(values(a.weights[0], T{}), s.c_in, s.hidden, 1, nullptr, s.c_in, c.on.data());
+  parts_.add(values(a.weights[2], T{}), s.hidden, s.c_out, 1, whole_.data(), n, nullptr);
   const T* conv2 = values(use_tiles ? *a.winograd : a.weights[1], T{});
   const int64_t numel = packed_numel(channels, channels, taps_, 1, std::is_same_v<T, float>);
   for (int64_t g = 0; g < a.groups; ++g) {
-    parts_.emplace_back(conv2 + g * numel, channels, channels, taps_,
-                        c.channels.data() + c.first(g), c.count(g), c.on.data() + g * channels);
+    parts_.add(conv2 + g * numel, channels, channels, taps_, c.channels.data() + c.first(g),
+               c.count(g), c.on.data() + g * channels);
   }
 }
 
@@ -87,35 +74,44 @@ Weights<T> SelectedWeights<T>::gather(bool at_once) {
   weights_.downsample = s_.downsample ? values(a_.weights[3], T{}) : nullptr;
   weights_.source = at_once ? nullptr : this;
   int64_t bytes = 0, constant_bytes = 0, tasks = 0;
-  for (size_t i = 0; i < parts_.size(); ++i) {
-    bytes += parts_[i].bytes();
-    if (at_once) tasks += parts_[i].tasks();
-    if (i >= 2) constant_bytes += parts_[i].constant_bytes();
+  for (size_t i = 0; i < parts_.count(); ++i) {
+    bytes += parts_.bytes(i);
+    if (at_once) tasks += parts_[i].to.taps * parts_[i].to.panels.count();
+    if (i >= 2) constant_bytes += parts_.constant_bytes(i);
   }
   char* next = at_once ? memory_.weights.get<char>(bytes) : nullptr;
   char* constant = constants_.conv1 ? memory_.constant.get<char>(constant_bytes) : nullptr;
-  std::vector<char*> gathered;
   std::vector<int64_t> ends;  // of the parts' tasks
-  for (size_t i = 0; i < parts_.size(); ++i) {
-    const GatheredConv<T>& part = parts_[i];
-    gathered.push_back(next);
-    if (at_once) next += part.bytes();
-    ends.push_back((ends.empty() ? 0 : ends.back()) + part.tasks());
-    const T* data = reinterpret_cast<const T*>(gathered[i]);
+  for (size_t i = 0; i < parts_.count(); ++i) {
+    auto& part = parts_[i];
+    const int64_t count = part.to.panels.count();
+    if (at_once) {
+      part.to.data = next;
+      next += parts_.bytes(i);
+      ends.push_back((ends.empty() ? 0 : ends.back()) + part.to.taps * count);
+    }
+    const T* data = reinterpret_cast<const T*>(part.to.data);
     if (i == 0) weights_.conv1 = data;
     if (i == 1) weights_.conv3 = data;
     if (i < 2) continue;
-    weights_.conv2.push_back({c_.first(i - 2), part.outputs(), data,
+    weights_.conv2.push_back({c_.first(i - 2), part.to.panels.channels, data,
                               reinterpret_cast<const T*>(constant)});
-    if (constant) constant += part.constant_bytes();
+    if (constant) constant += parts_.constant_bytes(i);
   }
   const int64_t sums = constants_.conv1 ? a_.groups * taps_ : 0;
   const int64_t shifts = constants_.conv2 ? Panels{s_.c_out}.count() : 0;
   parallel_tasks(tasks + sums + shifts, [&](int64_t task) {
     if (task >= tasks + sums) return shift(task - tasks - sums);
-    if (task >= tasks) return sum_constants((task - tasks) / taps_, (task - tasks) % taps_);
+    if (task >= tasks) {
+      const int64_t group = (task - tasks) / taps_, channels = s_.hidden / a_.groups;
+      const T* to = weights_.conv2[group].constant;
+      return parts_.sum_constants(2 + group, skipped_[0] + group * channels, channels,
+                                  (task - tasks) % taps_,
+                                  const_cast<char*>(reinterpret_cast<const char*>(to)));
+    }
     const size_t i = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
-    parts_[i].gather(task - (i == 0 ? 0 : ends[i - 1]), gathered[i]);
+    const int64_t rest = task - (i == 0 ? 0 : ends[i - 1]), taps = parts_[i].to.taps;
+    parts_.gather_tap(i, rest / taps, rest % taps);
   });
   return weights_;
 }
@@ -123,32 +119,25 @@ Weights<T> SelectedWeights<T>::gather(bool at_once) {
 template <typename T>
 const T* SelectedWeights<T>::panel(Convolution which, int64_t panel, int64_t tap, int64_t taps,
                                    int64_t first, int64_t last) const {
-  const GatheredConv<T>& part =
-      parts_[which == Convolution::kFirst ? 0 : which == Convolution::kThird ? 1 : 2];
-  last = std::min(last, part.rows());
-  const int64_t size = 4 * (last - first) * part.width(panel);
+  const size_t i = which == Convolution::kFirst ? 0 : which == Convolution::kThird ? 1 : 2;
+  const auto& part = parts_[i];
+  last = std::min(last, part.to.rows);
+  const int64_t size = 4 * (last - first) * part.to.panels.width(panel);
   char* memory = scratch().weights.template get<char>(size * taps + 4 * kLanes);
   for (int64_t t = 0; t < taps; ++t) {
-    part.gather_rows(panel, tap + t, first, last, memory + t * size);
+    parts_.gather_rows(part, panel, tap + t, first, last, memory + t * size);
   }
   return reinterpret_cast<const T*>(memory);
-}
-
-// What the skipped channels of a group add to conv2's wanted outputs through one tap.
-template <typename T>
-void SelectedWeights<T>::sum_constants(int64_t group, int64_t tap) const {
-  char* to = const_cast<char*>(reinterpret_cast<const char*>(weights_.conv2[group].constant));
-  parts_[2 + group].sum(skipped_[0] + group * (s_.hidden / a_.groups), tap, to);
 }
 
 // What conv2's skipped outputs add to conv3's bias.
 template <typename T>
 void SelectedWeights<T>::shift(int64_t panel) const {
-  const Panels panels{s_.c_out};
-  T* sums = scratch().hidden.template get<T>(panels.count() * kPanel);
-  parts_[1].multiply(skipped_[1], panel, 0, sums);
+  const auto& from = parts_[1].from;
+  T* sums = scratch().hidden.template get<T>(from.panels.count() * kPanel);
+  multiply_row(skipped_[1], s_.hidden, from.at(panel, 0), from.panels, panel, sums);
   const float* bias = a_.biases[2].const_data_ptr<float>();
-  for (int64_t i = 0, c = panel * kPanel; i < panels.valid(panel); ++i, ++c) {
+  for (int64_t i = 0, c = panel * kPanel; i < from.panels.valid(panel); ++i, ++c) {
     shifted_[c] = bias[c] + widened(sums[c]);
   }
 }

@@ -5,25 +5,9 @@
 #include <vector>
 
 #include "cpu/bottleneck.h"
-#include "cpu/gathered_conv.h"
+#include "cpu/gather_channels.h"
 
 namespace las_mm::cpu {
-
-struct Selection {
-  // `wanted`: `decisions` of them, each for width / decisions consecutive channels.
-  Selection(const bool* wanted, int64_t decisions, int64_t width, int64_t groups);
-
-  int64_t count() const { return static_cast<int64_t>(channels.size()); }
-  int64_t first(int64_t group) const { return firsts[group]; }
-  int64_t count(int64_t group) const { return firsts[group + 1] - firsts[group]; }
-
-  std::vector<int32_t> channels;  // the wanted ones, ascending, numbered inside their group
-  std::vector<int64_t> firsts;    // of each group in `channels`, and the end
-  std::vector<uint8_t> on;        // per hidden channel
-};
-
-inline void assign(float value, float& out) { out = value; }
-inline void assign(float value, bf16& out) { out.bits = c10::BFloat16(value).x; }
 
 // What skipped channels of conv1's and conv2's outputs hold, or null: zero.
 struct Constants {
@@ -51,7 +35,6 @@ class SelectedWeights : public PanelSource<T> {
 
  private:
   void set_vectors();
-  void sum_constants(int64_t group, int64_t tap) const;
   void shift(int64_t panel) const;
 
   const Arguments& a_;
@@ -61,7 +44,7 @@ class SelectedWeights : public PanelSource<T> {
   SelectedMemory& memory_;
   const int64_t taps_;
   Weights<T> weights_{};
-  std::vector<GatheredConv<T>> parts_;  // conv1, conv3, conv2's groups
+  GatheredConvs<T> parts_;      // conv1, conv3, conv2's groups
   std::vector<int32_t> whole_;  // see wanted()
   float* shifted_ = nullptr;
   T* skipped_[2] = {};  // constants of the channels that are not wanted

@@ -1,4 +1,4 @@
-// las_mm::sparse_basic and sparse_basic_: two 3x3 convolutions and a shortcut at kept positions.
+// las_mm::sparse_basic and sparse_basic_: the dense form, and registration.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
@@ -6,7 +6,6 @@
 #include <numeric>
 #include <utility>
 
-#include "common/checks.h"
 #include "cpu/basic.h"
 #include "cpu/image_groups.h"
 
@@ -37,18 +36,19 @@ at::Tensor run_dense(const at::Tensor& x, const BasicArguments& a, const BasicSh
 template <typename T>
 void run_sparse(const at::Tensor& x, const BasicArguments& a, const BasicShape& s,
                 const at::Tensor& patches, const at::Tensor& out) {
-  const at::Tensor side = shortcut_map(x, a);
-  const Maps<T> all(x, side, a, patches, out);
+  const at::Tensor side = side_of(x, a);
+  const Maps<T> all = maps_of<T>(x, side, a, patches, out);
+  const MaskGeometry g = geometry(a, s);
   const Forms forms = Basic<T>(a, s, all).forms();
-  for_images(outputs_of_images(geometry(a, s), s.images, patches),
-             [&](int64_t first, int64_t images) {
-               BasicShape part = s;
-               part.images = images;
-               Basic<T>(a, part, all.from(first, s)).run(forms);
-             });
+  for_images(outputs_of_images(g, s.images, patches), [&](int64_t first, int64_t images) {
+    BasicShape part = s;
+    part.images = images;
+    Basic<T> block(a, part, from_image(all, first, s, g));
+    block.run(forms, block.conv1(), block.conv2());
+  });
 }
 
-// Runs into `out` or, if that is undefined, into a new map; returns it.
+// Into x itself or into a new map, which it returns.
 at::Tensor run(const at::Tensor& x, const BasicArguments& a, bool in_place) {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;  // of the dense form's convolutions
   const BasicShape s = check(x, a);
@@ -78,17 +78,20 @@ using MaybeTensor = Optional<at::Tensor>;
 at::Tensor sparse_basic(const at::Tensor& x, const MaybeTensor& mask, const MaybeTensor& shortcut,
                         Tensors weights, Tensors biases, Tensors winograd, Tensors dense,
                         at::IntArrayRef geometry, at::ArrayRef<double> plan) {
-  return run(x, {mask, shortcut, std::move(weights), std::move(biases), std::move(winograd),
-                 std::move(dense), geometry, plan}, false);
+  return run(x,
+             {mask, shortcut, std::move(weights), std::move(biases), std::move(winograd),
+              std::move(dense), geometry, plan},
+             false);
 }
 
 void sparse_basic_(const at::Tensor& x, const MaybeTensor& mask, const MaybeTensor& shortcut,
                    Tensors weights, Tensors biases, Tensors winograd, Tensors dense,
                    at::IntArrayRef geometry, at::ArrayRef<double> plan) {
-  TORCH_CHECK_VALUE(weights.size() != 3,
-                    "weights must have no downsample convolution to work in place");
-  const at::Tensor out = run(x, {mask, shortcut, std::move(weights), std::move(biases),
-                                 std::move(winograd), std::move(dense), geometry, plan}, true);
+  check_in_place(weights.size());
+  const at::Tensor out = run(x,
+                             {mask, shortcut, std::move(weights), std::move(biases),
+                              std::move(winograd), std::move(dense), geometry, plan},
+                             true);
   if (!out.is_same(x)) x.copy_(out);
 }
 

@@ -17,7 +17,8 @@ namespace las_mm::cpu {
 namespace {
 
 constexpr int64_t kNormalised = 1 << 18;  // bytes of a chunk, a quarter of the second-level cache
-constexpr int64_t kRowsAhead = 4;         // that are fetched
+constexpr int64_t kRowsAhead = 4;         // that are fetched where a map is no smaller than this
+constexpr int64_t kFarMap = 1 << 20;      // in bytes: the second-level cache
 constexpr int64_t kFewestRows = 24;       // that a panel's weights are read for
 
 MaskGeometry geometry(const DenseLayerArguments& a, const DenseLayerShape& s) {
@@ -27,9 +28,12 @@ MaskGeometry geometry(const DenseLayerArguments& a, const DenseLayerShape& s) {
 template <typename T>
 Conv<T> convolution(const DenseLayerArguments& a, const DenseLayerShape& s) {
   const bool tiled = !a.winograd.empty() && a.winograd[0].numel() > 0;
-  return {s.hidden, s.growth, a.weights[1].numel() > 0 ? values(a.weights[1], T{}) : nullptr,
+  return {s.hidden,
+          s.growth,
+          a.weights[1].numel() > 0 ? values(a.weights[1], T{}) : nullptr,
           tiled ? a.winograd[0].const_data_ptr<float>() : nullptr,
-          a.vectors[3].const_data_ptr<float>(), false};
+          a.vectors[3].const_data_ptr<float>(),
+          false};
 }
 
 template <typename T>
@@ -83,9 +87,10 @@ class DenseLayer {
     const Panels panels{s_.hidden};
     // Not a multiple of 4 KiB, which the same few sets of the first-level cache would have to hold.
     const int64_t row = (ceil_div(s_.c_in * sizeof(T), 128) * 128 + 64) / sizeof(T);
-    const int64_t chunk = std::clamp<int64_t>(kNormalised / (row * sizeof(T)), kFewestRows,
-                                              kChunkRows);
+    const int64_t chunk =
+        std::clamp<int64_t>(kNormalised / (row * sizeof(T)), kFewestRows, kChunkRows);
     const auto normalise = norm_relu_kernel(T{});
+    const bool far = s_.height * s_.width * map_.pitch >= kFarMap / static_cast<int64_t>(sizeof(T));
     parallel_chunks(w_.halo.size(), chunk, panels.count(),
                     [&](int64_t lo, int64_t hi, int64_t first, int64_t last) {
                       Scratch& memory = scratch();
@@ -95,8 +100,10 @@ class DenseLayer {
                       for (int64_t i = 0; i < hi - lo; ++i) {
                         const int64_t index = w_.halo[lo + i];
                         const T* from = map_.data + index * map_.pitch;
-                        const int64_t next = w_.halo[std::min(lo + i + kRowsAhead, hi - 1)];
-                        prefetch(map_.data + next * map_.pitch, s_.c_in);
+                        if (far) {
+                          const int64_t next = w_.halo[std::min(lo + i + kRowsAhead, hi - 1)];
+                          prefetch(map_.data + next * map_.pitch, s_.c_in);
+                        }
                         normalise(&from, 1, vector(0), vector(1), s_.c_in, normalised + i * row);
                         in[i] = normalised + i * row;
                         out[i] = hidden + index * pitch;
@@ -138,7 +145,7 @@ using Tensors = std::vector<at::Tensor>;
 void sparse_dense_layer_(const at::Tensor& buffer, const Optional<at::Tensor>& mask,
                          Tensors weights, Tensors vectors, Tensors winograd, int64_t granularity,
                          double winograd_cost) {
-  DenseLayerArguments a{mask,         std::move(weights), std::move(vectors), std::move(winograd),
+  DenseLayerArguments a{mask,        std::move(weights), std::move(vectors), std::move(winograd),
                         granularity, winograd_cost};
   const DenseLayerShape s = check(buffer, a);
   for (Tensors* list : {&a.weights, &a.vectors, &a.winograd}) {

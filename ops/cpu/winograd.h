@@ -13,12 +13,13 @@ constexpr int64_t kChunkTiles = 48;  // of 2x2 outputs; measured: 36 to 60 are a
 // output is a sum over its own nine inputs only: what else lies under a tile may be anything.
 class TileChunk {
  public:
-  // `channels` at most. Takes pointers, values and output of scratch(); `more` pointers are left
-  // for the caller behind those.
-  TileChunk(int64_t tiles, int64_t channels, int64_t more = 0)
+  // `channels` at most; the products with `panels` panels are kept. Takes pointers, values and output
+  // of scratch(); `more` pointers are left for the caller behind those.
+  TileChunk(int64_t tiles, int64_t channels, int64_t panels = 1, int64_t more = 0)
       : row_(ceil_div(channels, kLanes) * kLanes),
         in_step_(tiles * row_ + kLanes),
-        out_step_(tiles * kPanel + kLanes),
+        out_row_(panels * kPanel),
+        out_step_(tiles * out_row_ + kLanes),
         kernels_(kernels()) {
     Scratch& memory = scratch();
     in_ = memory.pointers.get<const float*>(2 * tiles + more);
@@ -28,7 +29,7 @@ class TileChunk {
     products_ = memory.output.get<float>(kTile * out_step_);
     for (int64_t i = 0; i < tiles; ++i) {
       in_[i] = transformed_ + i * row_;
-      out_[i] = products_ + i * kPanel;
+      out_[i] = products_ + i * out_row_;
     }
   }
 
@@ -42,11 +43,13 @@ class TileChunk {
   const float* const* in() const { return in_; }
   int64_t offset(int t) const { return t * in_step_; }
   float* const* out() const { return out_; }
-  int64_t column(int t, int64_t panel) const { return t * out_step_ - panel * kPanel; }
+  // `first`: the panel whose products come first.
+  int64_t column(int t, int64_t first) const { return t * out_step_ - first * kPanel; }
 
-  // Outputs of tile `i` from its products with a panel.
-  void finish(int64_t i, int64_t channels, const float* bias, const TileTarget& to) const {
-    kernels_.winograd_output(products_ + i * kPanel, out_step_, channels, bias, to);
+  // Outputs of tile `i` from its products with panel `first + kept`.
+  void finish(int64_t i, int64_t channels, const float* bias, const TileTarget& to,
+              int64_t kept = 0) const {
+    kernels_.winograd_output(products_ + i * out_row_ + kept * kPanel, out_step_, channels, bias, to);
   }
   float** more() const { return more_; }
 
@@ -54,7 +57,7 @@ class TileChunk {
   const int64_t row_;
   // From one of the 16 values to the next: a cache line more than the tiles take, since those of a
   // tile would all fall into the same few sets of the cache if this were a multiple of 4 KiB.
-  const int64_t in_step_, out_step_;
+  const int64_t in_step_, out_row_, out_step_;
   const Kernels& kernels_;
   const float** in_;
   float **out_, **more_;

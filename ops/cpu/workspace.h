@@ -56,8 +56,8 @@ struct Workspace {
 };
 Workspace& workspace();
 
-// Values from position to position of a map whose positions lie in order, each with its channels side
-// by side: a channels_last tensor or some channels of one. 0: `x` is no such map.
+// Values from position to position of a map whose positions lie in order, each with its channels
+// side by side: a channels_last tensor or some channels of one. 0: `x` is no such map.
 int64_t row_pitch(const at::Tensor& x);
 // `x` if it is such a map, or else a channels_last copy.
 at::Tensor as_rows(const at::Tensor& x);

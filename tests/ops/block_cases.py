@@ -74,6 +74,7 @@ class BasicBlock(Block):
         return x
 
     def expected(self, x, skip=lambda hidden: hidden):
+        """The definition applied to ``x``; ``skip`` may change conv1's output."""
         x, (stride, _) = x.double(), self.strides
         kernels, biases = [k.double() for k in self.kernels], [b.double() for b in self.biases]
         out = F.conv2d(x, kernels[0], biases[0], stride, self.dilation, self.dilation).relu()
@@ -108,9 +109,6 @@ def basic_blocks(draw, in_place=False):
         strides=(stride, 1), groups=1, dilation=dilation, winograd=winograd, poison=poison
     )
     return BasicBlock(**values)
-
-
-ROOMY = ["channels_last", "channels", "contiguous", "channels_last_slice", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -174,10 +172,7 @@ class DenseLayer(Block):
         if self.poison:
             x = torch.where(read_by(self.kept, self.size, 1, 1), x, math.nan)
         x = F.pad(x, (0, 0, 0, 0, 0, growth + self.room), value=math.nan).to(self.dtype)
-        if self.layout != "channels":
-            return stored(x, self.layout)
-        wide = F.pad(x, (0, 0, 0, 0, 1, 3), value=cases.GUARD)
-        return wide.contiguous(memory_format=torch.channels_last)[:, 1:-3]
+        return stored(x, self.layout)
 
     def expected(self, x):
         c_in = self.channels[0]
@@ -190,6 +185,53 @@ class DenseLayer(Block):
         return x, x.nan_to_num(0).abs().max().item() if x.numel() else 0.0
 
 
+@dataclass(frozen=True)
+class Channels:
+    """Which hidden channels a basic block's images want."""
+
+    block: BasicBlock
+    decisions: int
+    kind: str  # as of a mask
+    has_constant: bool
+    dtype: torch.dtype = torch.bool
+
+    @cached_property
+    def mask(self):
+        shape = (self.decisions, 1)
+        arguments = (self.block.images, shape, 1, self.dtype, self.block.generator)
+        return cases.make_mask(self.kind, *arguments).flatten(1)
+
+    @cached_property
+    def constant(self):
+        if not self.has_constant:
+            return None
+        return make_bias(self.block.generator, self.block.channels[1]).abs()
+
+    @property
+    def arguments(self):
+        mask, shortcut, weights, biases, winograd, _, geometry, (cost, _) = self.block.arguments
+        tensors = (self.mask, self.constant, mask, shortcut, weights, biases, winograd)
+        return *tensors, geometry, cost
+
+    def expected(self, x):
+        width = self.block.channels[1]
+        wanted = (self.mask.double() > 0.5).repeat_interleave(width // self.decisions, 1)
+        constant = torch.zeros(width) if self.constant is None else self.constant
+        wanted, constant = wanted[:, :, None, None], constant.double()[:, None, None]
+        return self.block.expected(x, lambda hidden: torch.where(wanted, hidden, constant))
+
+
+@st.composite
+def channel_blocks(draw, in_place=False):
+    block = draw(basic_blocks(in_place=in_place))
+    block = replace(block, dense_above=None)
+    width = block.channels[1]
+    decisions = draw(st.sampled_from([n for n in (1, 2, 4, width) if width % n == 0]))
+    kind = draw(st.sampled_from(["empty", "full", "single", "0.1", "0.5", "0.9"]))
+    dtype = draw(st.sampled_from([torch.bool, torch.float32]))
+    return Channels(block, decisions, kind, draw(st.booleans()), dtype)
+
+
 @st.composite
 def dense_layers(draw):
     block = draw(cases.blocks(plain=True))
@@ -199,7 +241,7 @@ def dense_layers(draw):
     values |= dict(
         channels=tuple(channels),
         mask_kind=draw(st.sampled_from([None, *cases.MASK_KINDS])),
-        layout=draw(st.sampled_from(ROOMY)),
+        layout=draw(st.sampled_from(["channels_last", *cases.LAYOUTS[:-1]])),
         dilation=1,
         groups=1,
         winograd=draw(st.sampled_from(["none", "both", "only"])) if f32 else "none",
@@ -207,8 +249,3 @@ def dense_layers(draw):
     )
     values["poison"] = values["mask_kind"] is not None and draw(st.booleans())
     return DenseLayer(**values, room=draw(st.integers(0, 5)))
-
-
-def on(block, **changes):
-    """``block`` with other values, which are drawn anew."""
-    return replace(block, **changes)

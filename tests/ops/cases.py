@@ -43,6 +43,8 @@ REFERENCES = {
     "sparse_bottleneck_": bottleneck._reference_,
     "sparse_basic": basic._reference,
     "sparse_basic_": basic._reference_,
+    "channel_basic": basic_channels._reference,
+    "channel_basic_": basic_channels._reference_,
     "sparse_dense_layer_": dense_layer._reference,
     "channel_bottleneck": channels._reference,
     "channel_bottleneck_": channels._reference_,
@@ -157,7 +159,7 @@ def threads(number: int):
 # Storage -----------------------------------------------------------------------------------------
 
 DENSE = ["contiguous", "channels_last"]
-VIEWS = ["slice", "channels_last_slice", "transposed"]
+VIEWS = ["slice", "channels", "channels_last_slice", "transposed"]
 LAYOUTS = [*DENSE, "channels_last", *VIEWS, "expanded"]  # expanded: not where it is written to
 
 
@@ -170,6 +172,9 @@ def stored(values: torch.Tensor, layout: str) -> torch.Tensor:
         return values.contiguous(memory_format=torch.channels_last)
     if layout == "expanded":
         return values[:1].expand_as(values)
+    if layout == "channels":  # some of a channels_last map's
+        wide = F.pad(values, (0, 0, 0, 0, 1, 3), value=GUARD)
+        return wide.contiguous(memory_format=torch.channels_last)[:, 1:-3]
     if layout == "transposed":
         buffer = values.new_full((images + 1, channels, width + 1, height), GUARD)
         view = buffer[1:, :, :-1].transpose(2, 3)

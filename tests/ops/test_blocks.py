@@ -12,7 +12,14 @@ import needs
 from las_mm import ops
 
 from . import cases
-from .block_cases import BasicBlock, DenseLayer, basic_blocks, dense_layers
+from .block_cases import (
+    BasicBlock,
+    Channels,
+    DenseLayer,
+    basic_blocks,
+    channel_blocks,
+    dense_layers,
+)
 from .cases import Untouched, assert_close, for_all, same_bits
 
 CHANNELS_LAST = torch.channels_last
@@ -82,6 +89,32 @@ def wide(draw, blocks):
 @for_all(wide(basic_blocks()), 40, "sparse_basic")
 def test_basic_beyond_one_tile(call, block):
     check_basic(call, block)
+
+
+# channel_basic -----------------------------------------------------------------------------------
+
+
+@for_all(channel_blocks(), 500, "channel_basic")
+def test_channels_equal_masked_dense(call, case):
+    block, x = case.block, case.block.x
+    expected, scale = case.expected(x)
+    untouched = Untouched(x, case.mask, case.constant, *block.inputs)
+    with cases.threads(block.threads):
+        actual = call("channel_basic", x, *case.arguments)
+    untouched.check()
+    assert_close(actual, expected, scale, block.dtype)
+
+
+@for_all(channel_blocks(in_place=True), 150, "channel_basic_")
+def test_channels_in_place(call, case):
+    block, x = case.block, case.block.x
+    expected, scale = case.expected(x)
+    dropped = ~block.kept.expand_as(x)
+    before = x.clone()
+    with cases.threads(block.threads):
+        assert call("channel_basic_", x, *case.arguments) is None
+    assert same_bits(x[dropped], before[dropped])
+    assert_close(x, torch.where(dropped, torch.nan, expected), scale, block.dtype)
 
 
 # sparse_dense_layer_ -----------------------------------------------------------------------------
@@ -167,6 +200,15 @@ def test_opcheck_basic_in_place(block):
 
 
 @needs.OPCHECK
+@named({name: b for name, b in BASIC.items() if "dense" not in name})
+@pytest.mark.parametrize("has_constant", [False, True])
+def test_opcheck_channels(block, has_constant):
+    case = Channels(block, 4, "0.5", has_constant)
+    opcheck("channel_basic", block.x, *case.arguments)
+    opcheck("channel_basic_", block.x.clone(), *case.arguments)
+
+
+@needs.OPCHECK
 @named(LAYERS)
 def test_opcheck_dense_layer(block):
     opcheck("sparse_dense_layer_", buffer_of(block), *block.arguments)
@@ -219,6 +261,13 @@ def test_public_functions():
     expected, scale = block.expected(x)
     assert ops.sparse_basic_(x, block.mask, block.pack, 3) is x
     assert_close(x, expected, scale, torch.float32)
+    case = Channels(block, 4, "0.5", True)
+    x = block.x.abs()
+    expected, scale = case.expected(x)
+    actual = ops.channel_basic(x, case.mask, block.mask, block.pack, 3, constant=case.constant)
+    assert_close(actual, expected, scale, torch.float32)
+    assert ops.channel_basic_(x, case.mask, block.mask, block.pack, 3, case.constant) is x
+    assert_close(x, expected, scale, torch.float32)
     layer = DenseLayer(2, (9, 11), (16, 24, 8), winograd="both")
     buffer = layer.x
     assert ops.sparse_dense_layer_(buffer, layer.mask, layer.pack, 3) is buffer
@@ -251,6 +300,12 @@ def test_flops_follow_masks(mask_kind):
         ops.sparse_basic(block.x, block.mask, block.pack, 3)
     kept, halo = (m.sum().item() for m in (block.kept, cases.read_by(block.kept, (5, 6), 1, 1)))
     macs = halo * 9 * 8 * 16 + kept * 9 * 16 * 24 + 3 * 5 * 6 * 8 * 24
+    assert counter.get_total_flops() == 2 * macs
+    case = Channels(block, 8, "0.5", False)
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        ops.channel_basic(block.x, case.mask, block.mask, block.pack, 3)
+    kept, halo = (m.sum((1, 2, 3)) for m in (block.kept, cases.read_by(block.kept, (5, 6), 1, 1)))
+    macs = ((halo * 8 + kept * 24) * 9 * 2 * case.mask.sum(1)).sum().item() + 3 * 5 * 6 * 8 * 24
     assert counter.get_total_flops() == 2 * macs
     with flop_counter.FlopCounterMode(display=False) as counter:
         ops.sparse_dense_layer_(layer.x, layer.mask, layer.pack, 3)
@@ -381,6 +436,28 @@ def test_errors_name_the_argument(implementation, cls, how, change, named):
     with pytest.raises(ValueError, match=f"^{named}"):
         cases.implementation_of(implementation)(op, *arguments.values())
     assert same_bits(arguments[names[0]], before)
+
+
+@cases.implementations("channel_basic")
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (to("channel_mask", lambda m: m[:, [0, 1, 2, 3, 0]]), "channel_mask must have shape"),
+        (to("channel_mask", lambda m: m[:1]), "channel_mask must have shape"),
+        (to("channel_mask", torch.Tensor.int), "channel_mask must be bool"),
+        (to("channel_mask", lambda m: m.float() / 0), "channel_mask must be finite"),
+        (to("constant", lambda c: c[1:]), "constant must have shape"),
+        (to("constant", torch.Tensor.double), "constant must be"),
+        (to("mask", lambda m: m.float() / 0), "mask must be finite"),
+    ],
+)
+def test_errors_of_channels_name_the_argument(implementation, change, named):
+    case = Channels(BasicBlock(2, (7, 9), (8, 24, 8)), 4, "0.5", True)
+    names = ["channel_mask", "constant", "mask", "shortcut", "weights", "biases", "winograd"]
+    arguments = dict(zip([*names, "geometry", "winograd_cost"], case.arguments))
+    change(arguments)
+    with pytest.raises(ValueError, match=f"^{named}"):
+        cases.implementation_of(implementation)("channel_basic", case.block.x, *arguments.values())
 
 
 @cases.implementations("sparse_basic_")
