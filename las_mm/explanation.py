@@ -112,7 +112,7 @@ class Explanation:
 def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, str, float | None]:
     """How ``block`` runs, what decided that, and the predicted seconds."""
     fast = block.prepare()
-    if fast is None or x.dtype != fast.weights[0].dtype:
+    if fast is None or x.dtype != fast.dtype:
         reason = block.no_fast_form or "it has hooks inside, or another dtype than its input"
         return f"masked-dense: {reason}", "", None
     choice = fast.choice

@@ -65,8 +65,10 @@ def computed_share(
     total = np.zeros((height, width), np.float32)
     count = 0
     stride = int(np.prod([layer.stride for layer in shape.stem]))
+    behind = 1
     for block, decisions in zip(shape.blocks, activation.decisions):
-        stride *= block.stride
+        stride *= behind * block.stride
+        behind = block.stride_behind
         if not decisions or stage not in (None, block.stage):
             continue
         batch = len(next(iter(decisions.values())))

@@ -254,11 +254,12 @@ def _check_covered(backbone: Any, network: NetworkShape) -> None:
     names = {module: name for name, module in backbone.named_modules()}
     inside = {part for block in backbone.blocks() for part in block.modules()}
     stem = [names[m] for m in _weighted(backbone) if m not in inside]
-    convs = sum(isinstance(op, Conv) for op in network.stem)
+    between = [op for block in network.blocks for op in block.operators if not op.module]
+    convs = sum(isinstance(op, Conv) for op in (*network.stem, *between))
     if len(stem) != convs:
         raise ValueError(
             f"{type(backbone).__name__} has the layers {', '.join(stem)} outside of its blocks, "
-            f"its shape counts {convs} of a stem: there is no latency model for the others"
+            f"its shape counts {convs} there: there is no latency model for the others"
         )
     for block, shape in zip(backbone.blocks(), network.blocks):
         operators = [op.module for op in shape.operators if op.module and not op.masker]

@@ -11,7 +11,9 @@ from las_mm.models.activation import (  # noqa: E402
     collect_activations,
     find_dynamic_backbone,
 )
+from las_mm.models.basic import DynamicBasicBlock  # noqa: E402
 from las_mm.models.bottleneck import DynamicBottleneck  # noqa: E402
+from las_mm.models.densenet import LASDenseNet  # noqa: E402
 from las_mm.models.distill import DistilledClassifier  # noqa: E402
 from las_mm.models.flops import flops_report  # noqa: E402
 from las_mm.models.maskers import ChannelMasker, SpatialMasker  # noqa: E402
@@ -22,8 +24,10 @@ __all__ = [
     "Activation",
     "ChannelMasker",
     "DistilledClassifier",
+    "DynamicBasicBlock",
     "DynamicBottleneck",
     "LASRegNet",
+    "LASDenseNet",
     "LASResNet",
     "NetworkActivation",
     "SpatialMasker",

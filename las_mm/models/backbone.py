@@ -102,7 +102,7 @@ class DynamicBackbone(nn.Module):
         stream = Stream(x, channels_last, observe)
         outs = []
         for i, name in enumerate(self.res_layers):
-            stream.run(getattr(self, name))
+            stream.run(self.get_submodule(name))
             if i in self.out_indices:
                 outs.append(stream.output())
         return tuple(outs)
@@ -120,7 +120,7 @@ class DynamicBackbone(nn.Module):
     def prepare(self) -> None:
         """Fold and pack all weights for inference; see :func:`las_mm.models.sparse.prepare`."""
         self.known_forward()
-        stages = [module for name in self.res_layers for module in getattr(self, name).modules()]
+        stages = [m for name in self.res_layers for m in self.get_submodule(name).modules()]
         self._known_stages = all(
             shadowed(m) is None for m in stages if isinstance(m, nn.Sequential)
         )
@@ -260,7 +260,7 @@ class DynamicBackbone(nn.Module):
 
     def blocks_of(self, name: str) -> list[DynamicBlock]:
         """The blocks of the stage ``name``, whatever else is in it."""
-        return [m for m in getattr(self, name).modules() if isinstance(m, DynamicBlock)]
+        return [m for m in self.get_submodule(name).modules() if isinstance(m, DynamicBlock)]
 
     def maskers(self) -> list[SpatialMasker | ChannelMasker]:
         """All maskers in network order."""

@@ -58,7 +58,7 @@ def _setting(name: str) -> property:
 
 
 class DynamicBlock(nn.Module):
-    """Mixed into a residual block of conv1 (1x1), conv2 (3x3) and conv3 (1x1).
+    """Mixed into a residual block of which a 3x3 convolution reads what conv1 puts out.
 
     Put before the static block among the bases; its constructor runs as it is, then
     :meth:`make_dynamic` adds the maskers, so the parameters keep their names and static
@@ -113,7 +113,7 @@ class DynamicBlock(nn.Module):
             )
         self._activation: Activation | Callable[[], Activation] | None = None
         self.no_fast_form: str | None = None
-        self._fast: sparse.FastBottleneck | None = None
+        self._fast: sparse.FastBlock | None = None
         self._snapshot: Snapshot | None = None
         self._made_for: tuple | None = None
         self._key: str | None = None
@@ -217,12 +217,12 @@ class DynamicBlock(nn.Module):
         fast = self.fast_for(x)
         return self._forward(x) if fast is None else fast(self, x, in_place)
 
-    def fast_for(self, x: Tensor) -> sparse.FastBottleneck | None:
+    def fast_for(self, x: Tensor) -> sparse.FastBlock | None:
         """The packed form that computes this block for ``x``; ``None``: it runs masked-dense."""
         fast = self.prepare(self._positions(x))
-        return fast if fast is not None and x.dtype == fast.weights[0].dtype else None
+        return fast if fast is not None and x.dtype == fast.dtype else None
 
-    def prepare(self, positions: int | None = None) -> sparse.FastBottleneck | None:
+    def prepare(self, positions: int | None = None) -> sparse.FastBlock | None:
         """Fold and pack the weights unless that is done; ``None`` if only the training form runs.
 
         Args:
@@ -278,10 +278,14 @@ class DynamicBlock(nn.Module):
             self.masker_channel,
         )
 
+    @property
+    def _reader(self) -> tuple[int, int]:
+        """Stride and dilation of the 3x3 convolution that reads around kept positions."""
+        return self.conv2_stride, self.dilation
+
     def _positions(self, x: Tensor) -> int:
         """Outputs of the block for ``x``, of all images."""
-        stride = self.conv1_stride * self.conv2_stride
-        return x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+        return x.shape[0] * -(-x.shape[2] // self.stride) * -(-x.shape[3] // self.stride)
 
     def hooked_inside(self) -> bool:
         """Whether a module of this block has forward hooks, which may keep what they are given."""
@@ -291,9 +295,10 @@ class DynamicBlock(nn.Module):
     def train(self, mode: bool = True) -> DynamicBlock:
         """The parent's; the fast form is made anew, as weights may be swapped in between."""
         self._fast = self._snapshot = None
-        return super().train(mode)
+        super().train(mode)
+        return self
 
-    def _make_fast(self) -> sparse.FastBottleneck:
+    def _make_fast(self) -> sparse.FastBlock:
         """The packed form of this block.
 
         Raises:
@@ -380,11 +385,9 @@ class DynamicBlock(nn.Module):
             torch._C._functorch.peek_interpreter_stack() is not None
         )
         if coarse.requires_grad or functional or torch.jit.is_tracing():
-            halo = dilate_mask(mask, conv1_hw, self.conv2_stride, self.dilation)
+            halo = dilate_mask(mask, conv1_hw, *self._reader)
             return mask, coarse, mask.mean(dim=(1, 2, 3)), halo.mean(dim=(1, 2, 3))
-        _, counts = ops.dilate_mask(
-            coarse, self.granularity, conv1_hw, self.conv2_stride, self.dilation
-        )
+        _, counts = ops.dilate_mask(coarse, self.granularity, conv1_hw, *self._reader)
         areas = counts.new_tensor([math.prod(out_hw), math.prod(conv1_hw)])
         return mask, coarse, *(counts / areas).unbind(1)
 

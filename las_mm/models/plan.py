@@ -81,7 +81,7 @@ def choose(kind: BlockKind, timing: Timing) -> Choice:
     cost = _WINOGRAD_COST
     if timing.winograd is not None:
         # Time of conv2's direct form: its share of the multiplications. 9 per output become 4.
-        conv2 = timing.direct[1] * (9 * kind.width * kind.width / kind.groups) / kind.macs
+        conv2 = timing.direct[1] * kind.tiled_macs / kind.macs
         cost = max((timing.winograd[1] - timing.direct[1] + conv2) / (conv2 * 4 / 9), 0.1)
     low, full = timing.winograd if winograd and timing.winograd else timing.direct
     above = 1.0

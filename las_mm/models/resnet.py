@@ -10,6 +10,7 @@ from torch import Tensor
 from las_mm.models import sparse
 from las_mm.models.arguments import check_stages, require_bool, static_arguments
 from las_mm.models.backbone import DynamicBackbone
+from las_mm.models.basic import DynamicBasicBlock
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.settings import block_settings
 from las_mm.registry import MODELS
@@ -71,9 +72,8 @@ class LASResNet(DynamicBackbone, ResNet):
     """
 
     arch_settings = {
-        depth: (DynamicBottleneck, blocks)
+        depth: (DynamicBottleneck if depth >= 50 else DynamicBasicBlock, blocks)
         for depth, (_, blocks) in ResNet.arch_settings.items()
-        if depth >= 50  # shallower ResNets have no bottleneck
     }
 
     fast_stem = sparse.FastStem

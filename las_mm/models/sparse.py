@@ -144,6 +144,24 @@ def fold(conv: nn.Module, norm: nn.Module, what: str, **wanted: object) -> tuple
     return weight.to(conv.weight.dtype), bias.float()
 
 
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift that a BN in eval mode is, float32.
+
+    Raises:
+        Unsupported: It is another norm.
+    """
+    check_norm(norm, "a norm")
+    if isinstance(norm, nn.Identity):
+        raise Unsupported("a norm before its convolution was folded away")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale.float(), shift.float()
+
+
 def norm_of_zero(conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     """What the norm after ``conv`` makes of zeros in eval mode, (C,), float32.
 
@@ -160,8 +178,92 @@ def norm_of_zero(conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     return shift.float()
 
 
+class FastBlock:
+    """What the packed forms of all blocks have in common: their decisions and their record.
+
+    A subclass is a dataclass with these fields, and gives :meth:`_choose` and ``__call__``.
+
+    Attributes:
+        strides: Of the convolution that conv1 is and of the one that reads around kept positions.
+        dilation: Of the latter.
+        groups: Of the convolution between gated channels.
+        one: 1, on the block's device.
+        masker: With its weight and bias, not copied; ``None`` without.
+        masker_channel: Likewise a channel masker.
+        channel_layers: Weights and biases of masker_channel where one op does its work.
+        choice: The last one made; torch.compile and torch.export keep it.
+        channels_last: Whether dense convolutions with its weights put out channels_last.
+    """
+
+    strides: tuple[int, int]
+    dilation: int
+    groups: int
+    one: Tensor
+    masker: tuple[nn.Module, Tensor, Tensor] | None
+    masker_channel: nn.Module | None
+    channel_layers: tuple[list[Tensor], list[Tensor]] | None
+    choice: Choice
+    channels_last: bool
+
+    def __post_init__(self) -> None:
+        self._choices: Recent[tuple[int, ...], Choice] = Recent()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights, which inputs must have."""
+        raise NotImplementedError
+
+    def plan(self, block: nn.Module, x: Tensor) -> Choice:
+        """The form for inputs like ``x``; packs what that form needs before anyone sees it."""
+        if compat.is_compiling():
+            return self.choice
+        block.input_hw = (x.shape[-2], x.shape[-1])
+        size = (*x.shape, torch.get_num_threads())
+        self.choice = self._choices.get(size, lambda: self._choose(block, x))
+        return self.choice
+
+    def _choose(self, block: nn.Module, x: Tensor) -> Choice:
+        raise NotImplementedError
+
+    def _positions(self, block: nn.Module, x: Tensor) -> tuple[Tensor | None, int, Activation]:
+        """Decisions about positions, S, and what is known of the block's activation by them."""
+        granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
+        if self.masker is None:
+            return None, granularity, Activation(self.one)
+        masker, weight, bias = self.masker
+        mask, found = ops.spatial_mask(
+            x, weight, bias, masker.offset, granularity, self.strides, self.dilation
+        )
+        axes = (LAYER,) if block.mode == "layer" else (POSITION, DILATED)
+        known = Activation(self.one, dict(zip(axes, found.unbind())), {axes[0]: mask})
+        return mask, granularity, known
+
+    def _channels(self, block: nn.Module, x: Tensor, known: Activation) -> Tensor:
+        """Decisions about channels, (N, groups) bool; leaves ``block.activation``."""
+        assert self.masker_channel is not None
+        if self.channel_layers is None:
+            groups = self.masker_channel(x)
+        else:
+            groups = ops.channel_mask(x, *self.channel_layers, self.masker_channel.offset)
+        if not compat.is_exporting():
+            record = partial(
+                _channel_activation,
+                known,
+                groups,
+                tuple(x.shape[2:]),
+                block.granularity,
+                self.strides,
+                self.dilation,
+                self.groups,
+                block.channel_granularity,
+            )
+            # Ten small operations that nobody may ask for.
+            block.activation = record() if compat.is_compiling() else record
+        return groups.bool()
+
+
 @dataclass
-class FastBottleneck:
+class FastBottleneck(FastBlock):
     """The packed form of one ``DynamicBottleneck``; see ``ops.sparse_bottleneck``.
 
     One with a channel masker runs ``ops.channel_bottleneck``.
@@ -241,9 +343,14 @@ class FastBottleneck:
             constants=constants,
             choice=Choice(winograd=winograd is not None),
             excitation=excitation,
-            channel_layers=_layers_of(block.masker_channel),
-            channels_last=any(is_channels_last(conv.weight) for conv in _leading(block)),
+            channel_layers=layers_of(block.masker_channel),
+            channels_last=any(is_channels_last(conv.weight) for conv in leading(block)),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See the base class."""
+        return self.weights[0].dtype
 
     def kind(self, x: Tensor) -> BlockKind:
         """What the plan looks up for an input ``x``."""
@@ -263,12 +370,6 @@ class FastBottleneck:
         )
         return replace(kind, side=map_side(positions, kind.macs))
 
-    def plan(self, block: nn.Module, x: Tensor) -> Choice:
-        """The form for inputs like ``x``; packs what that form needs before anyone sees it."""
-        size = (*x.shape, torch.get_num_threads())
-        self.choice = self._choices.get(size, lambda: self._choose(block, x))
-        return self.choice
-
     def _choose(self, block: nn.Module, x: Tensor) -> Choice:
         if block.runtime == "sparse":
             choice = Choice(winograd=self.winograd is not None, decided_by="runtime='sparse'")
@@ -284,38 +385,16 @@ class FastBottleneck:
             ]
         return choice
 
-    def __post_init__(self) -> None:
-        self._choices: Recent[tuple[int, ...], Choice] = Recent()
-
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
-        if compat.is_compiling():
-            choice = self.choice
-        else:
-            choice = self.plan(block, x)
-            block.input_hw = (x.shape[-2], x.shape[-1])
+        choice = self.plan(block, x)
         biases = [block.checked(self.biases[0], x), *self.biases[1:]]
-        mask = None
-        granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
-        rates: dict[str, Tensor] = {}
-        if self.masker is not None:
-            masker, weight, bias = self.masker
-            mask, found = ops.spatial_mask(
-                x,
-                weight,
-                bias,
-                masker.offset,
-                granularity,
-                self.strides,
-                self.dilation,
-            )
-            axes = (LAYER,) if block.mode == "layer" else (POSITION, DILATED)
-            rates = dict(zip(axes, found.unbind()))
+        mask, granularity, known = self._positions(block, x)
         winograd = self.winograd if choice.winograd else None
-        decisions = {} if mask is None else {axes[0]: mask}
-        known = Activation(self.one, rates, decisions)
         if self.masker_channel is not None:
-            return self._skip_channels(block, x, mask, known, biases, winograd, in_place)
+            groups = self._channels(block, x, known)
+            tensors = (mask, groups, self.weights, biases, self.constants, winograd)
+            return self._skip_channels(x, tensors, 1 if mask is None else granularity, in_place)
         if not compat.is_exporting():
             block.activation = known
         cost, above = choice.winograd_cost, choice.dense_above
@@ -352,39 +431,9 @@ class FastBottleneck:
             self.excitation,
         )
 
-    def _skip_channels(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        mask: Tensor | None,
-        known: Activation,
-        biases: list[Tensor],
-        winograd: Tensor | None,
-        in_place: bool,
-    ) -> Tensor:
-        """``__call__`` of a block that decides about channels, after what it decides elsewhere."""
-        assert self.masker_channel is not None
-        if self.channel_layers is None:
-            groups = self.masker_channel(x)
-        else:
-            groups = ops.channel_mask(x, *self.channel_layers, self.masker_channel.offset)
-        if not compat.is_exporting():
-            record = partial(
-                _channel_activation,
-                known,
-                groups,
-                tuple(x.shape[2:]),
-                block.granularity,
-                self.strides,
-                self.dilation,
-                self.groups,
-                block.channel_granularity,
-            )
-            # Ten small operations that nobody may ask for.
-            block.activation = record() if compat.is_compiling() else record
-        granularity = 1 if mask is None else block.granularity
+    def _skip_channels(self, x: Tensor, tensors: tuple, granularity: int, in_place: bool) -> Tensor:
+        """``__call__`` of a block that decides about channels, after the decisions."""
         cost = self.choice.winograd_cost
-        tensors = (mask, groups.bool(), self.weights, biases, self.constants, winograd)
         if in_place and len(self.weights) == 3:
             geometry = (granularity, self.dilation, self.groups)
             return ops.channel_bottleneck_(x, *tensors, *geometry, cost, self.excitation)
@@ -419,7 +468,7 @@ def _channel_activation(
     return replace(known, rates=rates, decisions={**known.decisions, CHANNEL: decisions})
 
 
-def _layers_of(masker: nn.Module | None) -> tuple[list[Tensor], list[Tensor]] | None:
+def layers_of(masker: nn.Module | None) -> tuple[list[Tensor], list[Tensor]] | None:
     """What ``ops.channel_mask`` takes of a channel masker; ``None`` where it cannot do its work.
 
     In bfloat16 the masker rounds between its layers, which the op does not. A masker of other
@@ -461,7 +510,7 @@ def _excitation_of(block: nn.Module) -> list[Tensor] | None:
         return None
     check_class(se, "its squeeze-and-excitation")
     for conv in (se.fc1, se.fc2):
-        check_conv(conv, "a layer of its squeeze-and-excitation", **_POINTWISE, stride=(1, 1))
+        check_conv(conv, "a layer of its squeeze-and-excitation", **POINTWISE, stride=(1, 1))
         if conv.bias is None:
             raise Unsupported("a layer of its squeeze-and-excitation has no bias")
     if se.pool == "all" and block.mode in ("spatial", "both"):
@@ -473,21 +522,41 @@ def _excitation_of(block: nn.Module) -> list[Tensor] | None:
 
 
 _POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.Identity)
-_POINTWISE = dict(kernel_size=(1, 1), padding=(0, 0), groups=1)
+POINTWISE = dict(kernel_size=(1, 1), padding=(0, 0), groups=1)
 
 
-def _leading(block: nn.Module) -> list[nn.Module]:
+def leading(block: nn.Module) -> list[nn.Module]:
     """The convolutions whose weights' memory format the output of a dense block has.
 
     A sum has the format of its first term: the shortcut, or without a mask the branch.
     """
     if block.masker is None:
-        return [block.conv1, block.conv2, block.conv3]
+        return [m for name, m in block.named_children() if name.startswith("conv")]
     return [] if block.downsample is None else [block.downsample[-2]]
 
 
-def _check_block(block: nn.Module) -> None:
+def check_maskers(block: nn.Module) -> None:
+    """The block's maskers decide as the ops do.
+
+    Raises:
+        Unsupported: One has a part that the ops do not know, or samples.
+    """
+    for masker in block.maskers():
+        check_class(masker, "its masker")
+        if masker.training:  # it samples
+            raise Unsupported("its masker is in training mode")
+    if block.masker is not None:
+        check_conv(block.masker.conv, "its masker's conv", **POINTWISE, stride=(1, 1))
+        if block.masker.conv.bias is None:
+            raise Unsupported("its masker's conv has no bias")
+
+
+def check_block(block: nn.Module, convs: Sequence[str]) -> None:
     """The block and its children compute what the ops compute, and nothing else.
+
+    Args:
+        block: The block.
+        convs: Names of its convolutions; each ``convN`` is followed by ``block.normN``.
 
     Raises:
         Unsupported: A part that the ops do not know.
@@ -497,16 +566,9 @@ def _check_block(block: nn.Module) -> None:
     check_plain(block.drop_path, "its drop_path", nn.Identity, DropPath)
     if block.drop_path.training and type(block.drop_path) is DropPath:
         raise Unsupported("its DropPath is in training mode")
-    for masker in block.maskers():
-        check_class(masker, "its masker")
-        if masker.training:  # it samples
-            raise Unsupported("its masker is in training mode")
-    if block.masker is not None:
-        check_conv(block.masker.conv, "its masker's conv", **_POINTWISE, stride=(1, 1))
-        if block.masker.conv.bias is None:
-            raise Unsupported("its masker's conv has no bias")
-    norms = (block.norm1_name, block.norm2_name, block.norm3_name)
-    parts = ("conv1", "conv2", "conv3", *norms, "relu", "downsample", "drop_path")
+    check_maskers(block)
+    norms = [getattr(block, f"norm{name[-1]}_name") for name in convs]
+    parts = (*convs, *norms, "relu", "downsample", "drop_path")
     check_children(block, (*parts, "masker", "masker_channel", "se"))
 
 
@@ -516,28 +578,36 @@ def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
     Raises:
         Unsupported: The block has a part without a sparse path.
     """
-    _check_block(block)
+    check_block(block, ("conv1", "conv2", "conv3"))
     first, second, d = block.conv1_stride, block.conv2_stride, block.dilation
     spatial = dict(kernel_size=(3, 3), stride=(second, second), padding=(d, d), dilation=(d, d))
     parts = [
-        (block.conv1, block.norm1, "conv1", dict(_POINTWISE, stride=(first, first))),
+        (block.conv1, block.norm1, "conv1", dict(POINTWISE, stride=(first, first))),
         (block.conv2, block.norm2, "conv2", spatial),
-        (block.conv3, block.norm3, "conv3", dict(_POINTWISE, stride=(1, 1))),
+        (block.conv3, block.norm3, "conv3", dict(POINTWISE, stride=(1, 1))),
     ]
+    found = [(*fold(conv, norm, what, **wanted), conv.groups) for conv, norm, what, wanted in parts]
     if block.downsample is not None:
-        check_plain(block.downsample, "its shortcut", nn.Sequential)
-        if len(block.downsample) < 2:
-            raise Unsupported("its shortcut is no convolution followed by a norm")
-        for pool in list(block.downsample)[:-2]:  # run before conv1, so it must leave x alone
-            check_plain(pool, "what precedes its shortcut's convolution", *_POOLS)
-        stride = (first * second,) * 2 if len(block.downsample) == 2 else (1, 1)
-        last = tuple(block.downsample)[-2:]
-        parts.append((*last, "the shortcut's convolution", dict(_POINTWISE, stride=stride)))
-    folded = [
-        (*fold(conv, norm, what, **wanted), conv.groups) for conv, norm, what, wanted in parts
-    ]
-    _check_widths(block, [len(weight) for weight, _, _ in folded])
-    return folded
+        found.append((*fold_shortcut(block), 1))
+    _check_widths(block, [len(weight) for weight, _, _ in found])
+    return found
+
+
+def fold_shortcut(block: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the shortcut's convolution, the last but one of its modules.
+
+    Raises:
+        Unsupported: It has another end, or modules before it that might write into ``x``, which
+            the branch reads later.
+    """
+    check_plain(block.downsample, "its shortcut", nn.Sequential)
+    if len(block.downsample) < 2:
+        raise Unsupported("its shortcut is no convolution followed by a norm")
+    for pool in list(block.downsample)[:-2]:
+        check_plain(pool, "what precedes its shortcut's convolution", *_POOLS)
+    stride = (block.stride,) * 2 if len(block.downsample) == 2 else (1, 1)
+    last = tuple(block.downsample)[-2:]
+    return fold(*last, "the shortcut's convolution", **dict(POINTWISE, stride=stride))
 
 
 def _check_widths(block: nn.Module, widths: list[int]) -> None:
@@ -546,14 +616,23 @@ def _check_widths(block: nn.Module, widths: list[int]) -> None:
         raise Unsupported(f"conv1 and conv2 put out {widths[0]} and {widths[1]} channels")
     if len(widths) == 4 and widths[2] != widths[3]:
         raise Unsupported(f"conv3 and the shortcut put out {widths[2]} and {widths[3]} channels")
-    masker = block.masker_channel
-    if masker is not None and masker.groups * block.channel_granularity != widths[0]:
-        raise Unsupported(
-            f"its masker decides about {masker.groups} groups of {block.channel_granularity} "
-            f"channels, of {widths[0]}"
-        )
+    check_channel_groups(block, widths[0])
     if block.stride != block.conv1_stride * block.conv2_stride:
         raise Unsupported(f"its stride is {block.stride}, other than that of its convolutions")
+
+
+def check_channel_groups(block: nn.Module, width: int) -> None:
+    """Of the masker of ``width`` gated channels, which pruning may have changed.
+
+    Raises:
+        Unsupported: It decides about another number of channels.
+    """
+    masker = block.masker_channel
+    if masker is not None and masker.groups * block.channel_granularity != width:
+        raise Unsupported(
+            f"its masker decides about {masker.groups} groups of {block.channel_granularity} "
+            f"channels, of {width}"
+        )
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
@@ -578,15 +657,25 @@ class FastStem:
         """
         if backbone.deep_stem:
             raise Unsupported("its stem is deep")
-        pool = backbone.maxpool
-        check_plain(backbone.relu, "its activation", nn.ReLU)
+        return cls.of_parts(backbone.conv1, backbone.norm1, backbone.relu, backbone.maxpool)
+
+    @classmethod
+    def of_parts(
+        cls, conv: nn.Module, norm: nn.Module, activation: nn.Module, pool: nn.Module
+    ) -> FastStem:
+        """Fold and pack a stem of these modules.
+
+        Raises:
+            Unsupported: One of them is another one than usual.
+        """
+        check_plain(activation, "its activation", nn.ReLU)
         check_plain(pool, "its pooling", nn.MaxPool2d)
         sizes = [_pair(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
         if sizes != [(3, 3), (2, 2), (1, 1), (1, 1)] or pool.ceil_mode or pool.return_indices:
             raise Unsupported(f"its pooling is {pool}")
         weight, bias = fold(
-            backbone.conv1,
-            backbone.norm1,
+            conv,
+            norm,
             "conv1",
             kernel_size=(7, 7),
             stride=(2, 2),
@@ -596,7 +685,6 @@ class FastStem:
         )
         if not ops.has_stem_kernel(weight.device.type):
             raise Unsupported(f"there is no kernel for it on {weight.device.type}")
-        conv = backbone.conv1
         return cls(ops.pack_stem(weight), bias, conv.in_channels, is_channels_last(conv.weight))
 
     def __call__(self, x: Tensor, bias: Tensor) -> Tensor:

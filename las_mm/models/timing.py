@@ -28,6 +28,7 @@ class BlockKind:
         dtype: ``'float32'`` or ``'bfloat16'``.
         threads: torch's threads.
         side: Side of a square map with about as many output positions as all images have.
+        block: ``'bottleneck'`` or ``'basic'``.
     """
 
     c_in: int
@@ -40,16 +41,20 @@ class BlockKind:
     dtype: str
     threads: int
     side: int
+    block: str = "bottleneck"
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates per output position when all is computed."""
+        side = self.c_in * self.c_out if self.downsample else 0
+        if self.block == "basic":
+            return 9 * self.width * (self.c_in + self.c_out) + side
         stride = self.strides[1] ** 2
         return (
             self.c_in * self.width * stride
             + 9 * self.width * self.width // self.groups
             + self.width * self.c_out
-            + (self.c_in * self.c_out if self.downsample else 0)
+            + side
         )
 
     @property
@@ -58,8 +63,18 @@ class BlockKind:
         return ",".join(f"{name}={value}" for name, value in asdict(self).items())
 
     @property
+    def tiled_macs(self) -> int:
+        """Those of :attr:`macs` that the Winograd form has fewer of."""
+        if self.block == "basic":
+            both = self.c_in * (self.strides[0] == self.dilation == 1) + self.c_out
+            return 9 * self.width * both
+        return 9 * self.width * self.width // self.groups
+
+    @property
     def tiled(self) -> bool:
         """Whether conv2 has a Winograd form."""
+        if self.block == "basic":
+            return self.dtype == "float32"
         plain = (self.strides[1], self.dilation, self.groups) == (1, 1, 1)
         return plain and self.dtype == "float32"
 
@@ -77,6 +92,10 @@ class Timing:
     dense: float
     direct: tuple[float, float]
     winograd: tuple[float, float] | None
+
+
+# (mask, whether in Winograd form, dense_above) -> what to time.
+_Make = Callable[[Tensor, bool, float], Callable[[], Tensor]]
 
 
 class _Forms:
@@ -98,7 +117,18 @@ class _Forms:
         side = kind.side * kind.strides[0] * kind.strides[1]
         source = torch.rand(1, kind.c_in, side, side, generator=random).to(dtype)
         self._source = source.contiguous(memory_format=torch.channels_last)
-        self._x = x = self._source.clone()
+        self._x = self._source.clone()
+        grid = -(-kind.side // 2)
+        low = torch.rand(1, 1, grid, grid, generator=random) < RATES[0]
+        masks = [low, torch.ones_like(low)]
+        make = self._basic if kind.block == "basic" else self._bottleneck
+        run = make(kind, weight)
+        self.runs = [run(low, False, -1.0), *(run(mask, False, 1.0) for mask in masks)]
+        if kind.tiled:
+            self.runs += [run(mask, True, 1.0) for mask in masks]
+
+    def _bottleneck(self, kind: BlockKind, weight: Callable[..., Tensor]) -> _Make:
+        x = self._x
         dense = [
             weight(kind.width, kind.c_in, 1, 1),
             weight(kind.width, kind.width // kind.groups, 3, 3),
@@ -111,22 +141,40 @@ class _Forms:
         packed = [ops.pack_conv(w, g) for w, g in zip(dense, (1, kind.groups, 1, 1))]
         tiles = ops.pack_winograd(dense[1]) if kind.tiled else None
         dense = [w.contiguous(memory_format=torch.channels_last) for w in dense]
-        grid = -(-kind.side // 2)
-        low = torch.rand(1, 1, grid, grid, generator=random) < RATES[0]
 
-        def run(mask: Tensor, winograd: Tensor | None, dense_above: float) -> Callable[[], Tensor]:
+        def run(mask: Tensor, winograd: bool, dense_above: float) -> Callable[[], Tensor]:
             last = (0.0, dense if dense_above < 0 else None, dense_above)
+            form = tiles if winograd else None
             if kind.downsample:
                 args = (None, 2, kind.strides, kind.dilation, kind.groups, *last)
-                return lambda: ops.sparse_bottleneck(x, mask, packed, biases, winograd, *args)
+                return lambda: ops.sparse_bottleneck(x, mask, packed, biases, form, *args)
             # In place, as inside a stage.
             args = (2, kind.dilation, kind.groups, *last)
-            return lambda: ops.sparse_bottleneck_(x, mask, packed, biases, winograd, *args)
+            return lambda: ops.sparse_bottleneck_(x, mask, packed, biases, form, *args)
 
-        masks = [low, torch.ones_like(low)]
-        self.runs = [run(low, None, -1.0), *(run(mask, None, 1.0) for mask in masks)]
-        if tiles is not None:
-            self.runs += [run(mask, tiles, 1.0) for mask in masks]
+        return run
+
+    def _basic(self, kind: BlockKind, weight: Callable[..., Tensor]) -> _Make:
+        x = self._x
+        kernels = [weight(kind.width, kind.c_in, 3, 3), weight(kind.c_out, kind.width, 3, 3)]
+        if kind.downsample:
+            kernels.append(weight(kind.c_out, kind.c_in, 1, 1))
+        kernels = [w.contiguous(memory_format=torch.channels_last) for w in kernels]
+        biases = [torch.zeros(len(kernel)) for kernel in kernels]
+        geometry = kind.strides[0], kind.dilation
+        full = ops.pack_basic(kernels, biases, *geometry, dense=True, winograd_cost=0.0)
+
+        def run(mask: Tensor, winograd: bool, dense_above: float) -> Callable[[], Tensor]:
+            pack = full._replace(
+                winograd=full.winograd if winograd else (),
+                dense=full.dense if dense_above < 0 else (),
+                dense_above=dense_above,
+            )
+            if kind.downsample:
+                return lambda: ops.sparse_basic(x, mask, pack, 2)
+            return lambda: ops.sparse_basic_(x, mask, pack, 2)
+
+        return run
 
     def refill(self) -> None:
         """Write the input, as the block before does."""

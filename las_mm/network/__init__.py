@@ -1,6 +1,7 @@
 """What networks are made of, described without torch: operators, blocks, architectures."""
 
 from .architectures import regnet_shape, resnet_shape
+from .basic import BasicShape
 from .block import CHANNEL_MASKERS, MODES, BlockShape, NetworkShape
 from .bottleneck import BottleneckShape
 from .operator import Operator
@@ -8,6 +9,7 @@ from .operator import Operator
 __all__ = [
     "CHANNEL_MASKERS",
     "MODES",
+    "BasicShape",
     "BlockShape",
     "BottleneckShape",
     "NetworkShape",

@@ -7,12 +7,19 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-from .block import NetworkShape, ceil_div, check_hw, check_mode
+from .basic import BasicShape
+from .block import BlockShape, NetworkShape, ceil_div, check_hw, check_mode
 from .bottleneck import BottleneckShape
 from .operator import Conv, Pool
 
 _EXPANSION = 4  # a ResNet bottleneck's output channels per inner channel
-_DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+_DEPTHS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 _STEM = 32
 _MULTIPLE = 8  # widths are multiples of this
@@ -42,10 +49,10 @@ def resnet_shape(
     stage1_downsample: bool = True,
     channel_granularity: Sequence[int] = (2, 2, 2, 2),
 ) -> NetworkShape:
-    """The shapes of a ResNet with bottlenecks (style 'pytorch', 7x7 stem and 3x3 max-pool).
+    """The shapes of a ResNet (style 'pytorch', 7x7 stem and 3x3 max-pool).
 
     Args:
-        depth: 50, 101 or 152.
+        depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
         input_hw: Rows and columns of the image. Defaults to (224, 224).
         mode: Mode of all blocks, or one per stage. Defaults to 'spatial'.
         granularity: Patch side S per stage. Defaults to (4, 4, 2, 1).
@@ -69,22 +76,23 @@ def resnet_shape(
     conv = Conv("conv1", 3, base_channels, 7, 2, 1, height, width)
     height, width = ceil_div(height, 2), ceil_div(width, 2)
     pool = Pool("maxpool", base_channels, 3, 2, height, width)
-    blocks = []
+    blocks: list[BlockShape] = []
     c_in = base_channels
+    make, expansion = (BasicShape, 1) if depth < 50 else (BottleneckShape, _EXPANSION)
     for stage, count in enumerate(_DEPTHS[depth], 1):
         inner = base_channels * 2 ** (stage - 1)
         for i in range(count):
             stride = 2 if i == 0 and stage > 1 else 1
-            block = BottleneckShape(
-                f"stage{stage}.{i}",
-                stage,
+            block = make(
+                name=f"stage{stage}.{i}",
+                stage=stage,
                 c_in=c_in,
                 width=inner,
-                c_out=inner * _EXPANSION,
+                c_out=inner * expansion,
                 h_in=height,
                 w_in=width,
                 stride=stride,
-                downsample=i == 0 and (stage > 1 or stage1_downsample),
+                downsample=i == 0 and (stage > 1 or (stage1_downsample and expansion > 1)),
                 **settings[stage - 1],
             )
             blocks.append(block)

@@ -44,6 +44,7 @@ class BlockShape:
     w_in: int
     stride: int
     channel_granularity: int = 1
+    stride_behind: int = 1  # what its output shrinks by before the next block reads it
 
     @property
     def operators(self) -> tuple[Operator, ...]:

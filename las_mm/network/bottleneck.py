@@ -23,9 +23,6 @@ from .operator import (
     positive,
 )
 
-# Per mode the gates of positions: of what conv2 reads, and of conv2 and all behind it.
-_POSITIONS = {"spatial": (DILATED, POSITION), "both": (DILATED, POSITION), "layer": (LAYER, LAYER)}
-
 
 @dataclass(frozen=True)
 class BottleneckShape(BlockShape):
@@ -144,9 +141,7 @@ class BottleneckShape(BlockShape):
     def operators(self) -> tuple[Operator, ...]:
         """Maskers, conv1, conv2, SE, conv3, the addition, and the shortcut."""
         width, c_out, h_out, w_out = self.width, self.c_out, self.h_out, self.w_out
-        dilated, kept = ((gate,) for gate in _POSITIONS.get(self.mode, ("", "")))
-        if not kept[0]:
-            dilated = kept = ()
+        dilated, kept = gates_of_positions(self.mode)
         channels = self.mode in ("channel", "both")
         outputs, inputs = ((CHANNEL_OUT,), (CHANNEL_IN,)) if channels else ((), ())
         groups = width // self.channel_granularity if channels else 0
@@ -222,6 +217,13 @@ class BottleneckShape(BlockShape):
             Linear("se_fc2", self.se_width, self.width, gates=layers, module="se.fc2"),
             Scale("se_scale", *sizes, gates=gates, granularity=side),
         )
+
+
+def gates_of_positions(mode: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Gates of what is computed for kept positions to read, and of these, in a mode."""
+    if mode == "layer":
+        return (LAYER,), (LAYER,)
+    return ((DILATED,), (POSITION,)) if mode in ("spatial", "both") else ((), ())
 
 
 def position_masker(block: BlockShape, conv: Conv) -> tuple[Operator, ...]:

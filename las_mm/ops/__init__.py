@@ -14,6 +14,8 @@ is not checked for NaN, which would mean waiting for the GPU: NaN drops the patc
 
 import torch
 
+from las_mm.ops.basic import BasicPack, pack_basic, sparse_basic, sparse_basic_
+from las_mm.ops.basic_channels import channel_basic, channel_basic_
 from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
 from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mask, channel_mean
 from las_mm.ops.contents import (
@@ -29,6 +31,12 @@ from las_mm.ops.convolution import (
     gather_conv3x3,
     masker_conv1x1,
 )
+from las_mm.ops.dense_layer import DenseLayerPack, pack_dense_layer, sparse_dense_layer_
+from las_mm.ops.dense_transition import (
+    TransitionPack,
+    dense_transition_,
+    pack_dense_transition,
+)
 from las_mm.ops.flops import register as _register_flops
 from las_mm.ops.library import load_native
 from las_mm.ops.maps import conv_pool_stem, to_nchw
@@ -36,9 +44,14 @@ from las_mm.ops.masks import LAYER, dilate_mask, spatial_mask, supports
 from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
 
 __all__ = [
+    "BasicPack",
+    "DenseLayerPack",
     "LAYER",
     "MANY_POSITIONS",
     "PARTS",
+    "TransitionPack",
+    "channel_basic",
+    "channel_basic_",
     "channel_bottleneck",
     "channel_bottleneck_",
     "channel_mask",
@@ -46,10 +59,12 @@ __all__ = [
     "conv1x1_scatter_add_",
     "conv_pool_stem",
     "cpu_isa",
+    "dense_transition_",
     "dilate_mask",
     "fingerprint",
     "fingerprints",
     "gather_conv3x3",
+    "has_block_kernels",
     "has_channel_kernels",
     "has_channel_mask",
     "has_excitation",
@@ -59,12 +74,18 @@ __all__ = [
     "has_winograd",
     "masker_conv1x1",
     "native_available",
+    "pack_basic",
     "pack_conv",
+    "pack_dense_layer",
+    "pack_dense_transition",
     "pack_stem",
     "pack_winograd",
     "sample_view",
+    "sparse_basic",
+    "sparse_basic_",
     "sparse_bottleneck",
     "sparse_bottleneck_",
+    "sparse_dense_layer_",
     "spatial_mask",
     "supports",
     "to_nchw",
@@ -87,6 +108,7 @@ def _devices_with(name: str) -> frozenset[str]:
 
 
 _SPARSE_OPS = _devices_with("sparse_bottleneck")
+_BLOCKS = _devices_with("sparse_basic") & _devices_with("sparse_dense_layer_")
 _CHANNELS = _devices_with("channel_bottleneck")
 _CHANNEL_MASK = _devices_with("channel_mask")
 _EXCITATION = _devices_with("channel_mean")  # built with the kernels of channels
@@ -98,6 +120,11 @@ _WINOGRAD = frozenset({"cpu"})
 def has_kernels(device_type: str) -> bool:
     """Whether native kernels of the sparse ops exist for a device type such as ``'cpu'``."""
     return device_type in _SPARSE_OPS
+
+
+def has_block_kernels(device_type: str) -> bool:
+    """Whether native kernels of basic blocks and dense layers exist there."""
+    return device_type in _BLOCKS
 
 
 def has_channel_kernels(device_type: str) -> bool:

@@ -20,7 +20,7 @@ from las_mm.ops.convolution import (
 )
 from las_mm.ops.library import LIBRARY
 from las_mm.ops.masks import ceil_div, check_kind, check_map, check_strides, check_vector
-from las_mm.ops.packing import unpack_conv
+from las_mm.ops.packing import unpack_winograd
 
 _SCHEMA = (
     "Tensor? mask, Tensor[] weights, Tensor[] biases, Tensor? winograd, Tensor? shortcut, "
@@ -124,6 +124,21 @@ def _check_dense(x: Tensor, a: _Arguments, width: int, c_out: int) -> None:
         check_kind(weight, f"dense[{i}]", x.dtype, x)
 
 
+def check_shortcut_map(shortcut: Tensor, x: Tensor, size: Sequence[int]) -> None:
+    """Raise ValueError unless ``shortcut`` holds maps of ``size`` of the images of ``x``."""
+    check_map(shortcut, "shortcut")
+    if shortcut.dtype != x.dtype or shortcut.device != x.device:
+        raise ValueError(
+            f"shortcut must be {x.dtype} on {x.device} as x is, got {shortcut.dtype} on "
+            f"{shortcut.device}"
+        )
+    if [shortcut.shape[0], *shortcut.shape[2:]] != [x.shape[0], *size]:
+        raise ValueError(
+            f"shortcut must have {x.shape[0]} images of {size[0]}x{size[1]}, got "
+            f"{list(shortcut.shape)}"
+        )
+
+
 def _check_shortcut(x: Tensor, a: _Arguments, c_out: int, size: list[int]) -> None:
     if len(a.weights) == 3:
         if a.shortcut is not None:
@@ -135,23 +150,13 @@ def _check_shortcut(x: Tensor, a: _Arguments, c_out: int, size: list[int]) -> No
             )
         return
     source = x if a.shortcut is None else a.shortcut
-    if a.shortcut is not None:
-        check_map(source, "shortcut")
-        if source.dtype != x.dtype or source.device != x.device:
-            raise ValueError(
-                f"shortcut must be {x.dtype} on {x.device} as x is, got {source.dtype} on "
-                f"{source.device}"
-            )
-        if [source.shape[0], *source.shape[2:]] != [x.shape[0], *size]:
-            raise ValueError(
-                f"shortcut must have {x.shape[0]} images of {size[0]}x{size[1]}, got "
-                f"{list(source.shape)}"
-            )
+    check_shortcut_map(source, x, size if a.shortcut is not None else x.shape[2:])
     check_packed(a.weights[3], "weights[3]", c_out, source.shape[1], 1, 1, x)
 
 
-def _check_in_place(a: _Arguments) -> None:
-    if len(a.weights) == 4:
+def check_in_place(weights: Sequence[Tensor], most: int) -> None:
+    """Raise ValueError if there are ``most`` weights, so that the last one is the shortcut's."""
+    if len(weights) == most:
         raise ValueError("weights must have no downsample convolution to work in place")
 
 
@@ -160,7 +165,8 @@ def _reference(x: Tensor, *arguments) -> Tensor:
     size = _check(x, a)
     out = convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1).relu().to(x.dtype)
     if a.winograd is not None and not a.weights[1].numel():
-        out = _winograd(out, a.winograd, a.biases[1])
+        kernel = unpack_winograd(a.winograd, out.shape[1], out.shape[1])
+        out = F.conv2d(out, kernel, a.biases[1], padding=1)
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = out.relu().to(x.dtype)
@@ -201,24 +207,9 @@ def _excite(x: Tensor, kept: Tensor | None, weights: Sequence[Tensor]) -> Tensor
     return (x * scale[:, :, None, None]).to(x.dtype)
 
 
-def _winograd(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    """F(2x2, 3x3) by its definition, arXiv 1509.09308, equation 8."""
-    transformed = unpack_conv(packed, bias.numel(), x.shape[1], 16, 1).unflatten(2, (4, 4))
-    b = x.new_tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
-    a = x.new_tensor([[1, 1, 1, 0], [0, 1, -1, -1]])
-    height, width = x.shape[2:]
-    padded = torch.nn.functional.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
-    tiles = padded.unfold(2, 4, 2).unfold(3, 4, 2)  # (N, C, rows, columns, 4, 4)
-    tiles = torch.einsum("ia,nchwab,jb->nchwij", b, tiles, b)
-    tiles = torch.einsum("nchwij,ocij->nohwij", tiles, transformed)
-    tiles = torch.einsum("pi,nohwij,qj->nohpwq", a, tiles, a)
-    out = tiles.flatten(4, 5).flatten(2, 3)
-    return out[:, :, :height, :width] + bias[:, None, None]
-
-
 def _reference_(x: Tensor, *arguments) -> None:
     a = _Arguments(*arguments)
-    _check_in_place(a)
+    check_in_place(a.weights, 4)
     out = _reference(x, *arguments)
     if a.mask is not None:
         out = torch.where(expand(a.mask, "mask", x.shape[2:], a.granularity), out, x)
@@ -232,7 +223,7 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 
 def _fake_(x: Tensor, *arguments) -> None:
     a = _Arguments(*arguments)
-    _check_in_place(a)
+    check_in_place(a.weights, 4)
     _check(x, a)
 
 

@@ -13,7 +13,8 @@ from las_mm.compat import register_fake
 from las_mm.ops import bottleneck
 from las_mm.ops.convolution import convolve, empty_map, expand
 from las_mm.ops.library import LIBRARY
-from las_mm.ops.masks import MASK_DTYPES, check_kind, check_map, check_vector
+from las_mm.ops.masks import check_channel_mask, check_kind, check_map, check_vector
+from las_mm.ops.packing import unpack_winograd
 
 _SCHEMA = (
     "Tensor? mask, Tensor channel_mask, Tensor[] weights, Tensor[] biases, Tensor[]? constants, "
@@ -52,18 +53,8 @@ class _Arguments(NamedTuple):
 def _check(x: Tensor, a: _Arguments) -> list[int]:
     """Raise ValueError as ops/cpu/channel_bottleneck.cpp does; return (H, W) of the output."""
     size = bottleneck._check(x, a.without_channels)
-    width, shape = a.biases[0].numel(), a.channel_mask.shape
-    if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] <= 0 or width % shape[1]:
-        raise ValueError(
-            f"channel_mask must have shape ({x.shape[0]}, k) with k dividing {width} channels, "
-            f"got {list(shape)}"
-        )
-    if a.channel_mask.dtype not in MASK_DTYPES:
-        raise ValueError(
-            f"channel_mask must be bool, uint8 or floating point, got {a.channel_mask.dtype}"
-        )
-    if a.channel_mask.device != x.device:
-        raise ValueError(f"channel_mask must be on {x.device}, got {a.channel_mask.device}")
+    width = a.biases[0].numel()
+    check_channel_mask(a.channel_mask, x, width)
     if a.constants is not None:
         if len(a.constants) != 2:
             raise ValueError(
@@ -92,7 +83,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
 
     out = skip(convolve(x, a.weights[0], a.biases[0], 1, a.strides[0], 1, 1), 0)
     if a.winograd is not None and not a.weights[1].numel():
-        out = bottleneck._winograd(out, a.winograd, a.biases[1])
+        out = F.conv2d(out, unpack_winograd(a.winograd, width, width), a.biases[1], padding=1)
     else:
         out = convolve(out, a.weights[1], a.biases[1], 3, a.strides[1], a.dilation, a.groups)
     out = skip(out, 1)
@@ -105,7 +96,7 @@ def _reference(x: Tensor, *arguments) -> Tensor:
 
 def _reference_(x: Tensor, *arguments) -> None:
     a = _Arguments(*arguments)
-    bottleneck._check_in_place(a.without_channels)
+    bottleneck.check_in_place(a.weights, 4)
     out = _reference(x, *arguments)
     if a.mask is not None:
         out = torch.where(expand(a.mask, "mask", x.shape[2:], a.granularity), out, x)
@@ -119,7 +110,7 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 
 def _fake_(x: Tensor, *arguments) -> None:
     a = _Arguments(*arguments)
-    bottleneck._check_in_place(a.without_channels)
+    bottleneck.check_in_place(a.weights, 4)
     _check(x, a)
 
 

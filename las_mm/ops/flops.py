@@ -40,6 +40,14 @@ def _products(weights: Sequence[Tensor] | None) -> int:
     return sum(weight.numel() for weight in weights or () if weight.dim() == 2)
 
 
+def _wanted(channel_mask: Tensor | None, images: int, width: int) -> Tensor:
+    """1 for every wanted channel, else 0; (N, width) float64."""
+    if channel_mask is None:
+        return torch.ones(images, width, dtype=torch.float64)
+    decisions = (channel_mask.detach().cpu().double() > 0.5).double()
+    return decisions.repeat_interleave(width // decisions.shape[1], dim=1)
+
+
 def _bottleneck(
     x: Tensor,
     mask: Tensor | None,
@@ -62,13 +70,9 @@ def _bottleneck(
     width, c_out = biases[0].numel(), biases[2].numel()
     size = [ceil_div(n, strides[0]) for n in x.shape[2:]]
     kept, halo = _positions(mask, images, size, granularity, strides[1], dilation)
-    wanted = torch.full((images,), float(width), dtype=torch.float64)
-    pairs = wanted * (width // groups)  # input and output channels of conv2 that meet
-    if channel_mask is not None:
-        decisions = (channel_mask.detach().cpu().double() > 0.5).double()
-        each = decisions.repeat_interleave(width // decisions.shape[1], dim=1)
-        wanted = each.sum(1)
-        pairs = each.unflatten(1, (groups, -1)).sum(2).square().sum(1)
+    each = _wanted(channel_mask, images, width)
+    wanted = each.sum(1)
+    pairs = each.unflatten(1, (groups, -1)).sum(2).square().sum(1)  # channels of conv2 that meet
     macs = halo * c_in * wanted + kept * 9 * pairs + kept * wanted * c_out
     total = int(macs.sum()) + images * _products(excitation)
     if len(biases) == 4:  # the shortcut's convolution is computed everywhere
@@ -91,6 +95,73 @@ def _channel_bottleneck(
     names = ("winograd", "shortcut", "granularity", "strides", "dilation", "groups")
     given = dict(zip((*names, "winograd_cost", "excitation"), rest), **keywords)
     return _bottleneck(x, mask, weights, biases, channel_mask=channel_mask, **given)
+
+
+def _basic(
+    x: Tensor,
+    mask: Tensor | None,
+    shortcut: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    dense: Sequence[Tensor],
+    geometry: Sequence[int],
+    plan: Sequence[float],
+    channel_mask: Tensor | None = None,
+    **_: Any,
+) -> int:
+    granularity, stride, _dilation = geometry
+    images, c_in = x.shape[:2]
+    hidden, c_out = biases[0].numel(), biases[1].numel()
+    wanted = _wanted(channel_mask, images, hidden).sum(1)
+    size = [ceil_div(n, stride) for n in x.shape[2:]]
+    kept, halo = _positions(mask, images, size, granularity, 1, 1)
+    total = int(((halo * c_in + kept * c_out) * wanted).sum()) * 9
+    if len(biases) == 3:  # the shortcut's convolution is computed everywhere
+        total += (
+            images * size[0] * size[1] * (c_in if shortcut is None else shortcut.shape[1]) * c_out
+        )
+    return 2 * total
+
+
+def _channel_basic(
+    x: Tensor,
+    channel_mask: Tensor,
+    constant: Tensor | None,
+    mask: Tensor | None,
+    shortcut: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    geometry: Sequence[int],
+    winograd_cost: float,
+    **_: Any,
+) -> int:
+    forms = weights, biases, winograd, ()
+    plan = (winograd_cost, 1.0)
+    return _basic(x, mask, shortcut, *forms, geometry, plan, channel_mask=channel_mask)
+
+
+def _dense_layer(
+    buffer: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    winograd: Sequence[Tensor],
+    granularity: int,
+    winograd_cost: float,
+    **_: Any,
+) -> int:
+    c_in, hidden, growth = (vectors[i].numel() for i in (0, 2, 3))
+    kept, halo = _positions(mask, buffer.shape[0], buffer.shape[2:], granularity, 1, 1)
+    return 2 * hidden * int((halo * c_in + kept * 9 * growth).sum())
+
+
+def _dense_transition(
+    out: Tensor, buffer: Tensor, weight: Tensor, vectors: Sequence[Tensor], **_: Any
+) -> int:
+    outputs = out.shape[0] * out.shape[2] * out.shape[3]
+    return 2 * outputs * vectors[0].numel() * vectors[2].numel()
 
 
 def _spatial_mask(x: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
@@ -157,6 +228,12 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_bottleneck_": _bottleneck,
     "channel_bottleneck": _channel_bottleneck,
     "channel_bottleneck_": _channel_bottleneck,
+    "channel_basic": _channel_basic,
+    "channel_basic_": _channel_basic,
+    "sparse_basic": _basic,
+    "sparse_basic_": _basic,
+    "sparse_dense_layer_": _dense_layer,
+    "dense_transition_": _dense_transition,
     "spatial_mask": _spatial_mask,
     "channel_mask": _channel_mask,
     "conv_pool_stem": _conv_pool_stem,

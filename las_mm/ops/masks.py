@@ -149,6 +149,22 @@ def check_map(x: Tensor, name: str, channels: int | None = None) -> None:
         raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]}")
 
 
+def check_channel_mask(channel_mask: Tensor, x: Tensor, width: int) -> None:
+    """Raise ValueError unless ``channel_mask`` decides about ``width`` channels of the images."""
+    shape = channel_mask.shape
+    if len(shape) != 2 or shape[0] != x.shape[0] or shape[1] <= 0 or width % shape[1]:
+        raise ValueError(
+            f"channel_mask must have shape ({x.shape[0]}, k) with k dividing {width} channels, "
+            f"got {list(shape)}"
+        )
+    if channel_mask.dtype not in MASK_DTYPES:
+        raise ValueError(
+            f"channel_mask must be bool, uint8 or floating point, got {channel_mask.dtype}"
+        )
+    if channel_mask.device != x.device:
+        raise ValueError(f"channel_mask must be on {x.device}, got {channel_mask.device}")
+
+
 def check_vector(v: Tensor, name: str, size: int, dtype: torch.dtype, like: Tensor) -> None:
     """Raise ValueError unless ``v`` is (size,) of ``dtype`` on the device of ``like``."""
     if list(v.shape) != [size]:

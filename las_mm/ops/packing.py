@@ -141,6 +141,13 @@ def pack_winograd(weight: Tensor) -> Tensor:
     )
 
 
+def unpack_winograd(packed: Tensor, out_channels: int, in_channels: int) -> Tensor:
+    """The inverse of :func:`pack_winograd`: (O, I, 3, 3); for the reference implementations."""
+    transformed = unpack_conv(packed, out_channels, in_channels, 16, 1).unflatten(2, (4, 4))
+    inverse = packed.new_tensor([[1, 0, 0, 0], [0, 1, -1, 0], [0, 0, 0, 1]])
+    return torch.einsum("ia,ocab,jb->ocij", inverse, transformed, inverse)
+
+
 def pack_stem(weight: Tensor) -> Tensor:
     """Pack a stem convolution so that one kernel row of all input channels is one run of memory.
 

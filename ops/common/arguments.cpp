@@ -58,6 +58,26 @@ int64_t check_channel_masker(const at::Tensor& x, const std::vector<at::Tensor>&
   return width / 2;
 }
 
+void check_shortcut_map(const at::Tensor& shortcut, const at::Tensor& x, int64_t height,
+                        int64_t width) {
+  check_map(shortcut, "shortcut");
+  check_same(shortcut, x, "shortcut");
+  TORCH_CHECK_VALUE(shortcut.size(0) == x.size(0) && shortcut.size(2) == height &&
+                        shortcut.size(3) == width,
+                    "shortcut must have ", x.size(0), " images of ", height, "x", width, ", got ",
+                    shortcut.sizes());
+}
+
+void check_channel_mask(const at::Tensor& channel_mask, const at::Tensor& x, int64_t width) {
+  TORCH_CHECK_VALUE(channel_mask.dim() == 2 && channel_mask.size(0) == x.size(0) &&
+                        channel_mask.size(1) > 0 && width % channel_mask.size(1) == 0,
+                    "channel_mask must have shape (", x.size(0), ", k) with k dividing ", width,
+                    " channels, got ", channel_mask.sizes());
+  check_mask_dtype(channel_mask, "channel_mask");
+  TORCH_CHECK_VALUE(channel_mask.device() == x.device(), "channel_mask must be on ", x.device(),
+                    ", got ", channel_mask.device());
+}
+
 void check_masker_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   check_map(x, "x");
   check_vector(bias, "bias", bias.numel(), at::kFloat, x);
@@ -81,6 +101,23 @@ void check_gather_conv3x3(const at::Tensor& hidden, const at::Tensor& mask,
   check_positions(hidden.size(0) * hidden.size(2) * hidden.size(3), "hidden");
 }
 
+void check_conv3x3(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                   const std::vector<at::Tensor>& winograd, size_t i, int64_t in, int64_t out,
+                   bool tiled) {
+  const std::string tiles = "winograd[" + std::to_string(i) + "]";
+  const bool has_tiles = !winograd.empty() && winograd[i].numel() > 0;
+  if (has_tiles) {
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && tiled, tiles,
+                      " must be empty unless the convolution is float32 with stride and dilation "
+                      "1, got ",
+                      x.scalar_type());
+    check_packed(winograd[i], tiles, out, in, kTile, 1, x);
+  }
+  if (!has_tiles || weights[i].numel() > 0) {
+    check_packed(weights[i], "weights[" + std::to_string(i) + "]", out, in, 9, 1, x);
+  }
+}
+
 void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
                                const at::Tensor& mask, const at::Tensor& weight,
                                const at::Tensor& bias, int64_t granularity) {
@@ -96,6 +133,29 @@ void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
   check_packed(weight, "weight", bias.numel(), x.size(1), 1, 1, x);
   check_mask_for(mask, "mask", x, x.size(2), x.size(3), granularity);
   check_positions(x.size(0) * x.size(2) * x.size(3), "x");
+}
+
+void check_dense_transition(const at::Tensor& out, const at::Tensor& buffer,
+                            const at::Tensor& weight, const std::vector<at::Tensor>& vectors) {
+  check_map(buffer, "buffer");
+  check_map(out, "out");
+  check_same(out, buffer, "out");
+  const int64_t height = buffer.size(2) / 2, width = buffer.size(3) / 2;
+  TORCH_CHECK_VALUE(
+      out.size(0) == buffer.size(0) && out.size(2) == height && out.size(3) == width,
+      "out must have ", buffer.size(0), " images of ", height, "x", width, ", got ", out.sizes());
+  TORCH_CHECK_VALUE(vectors.size() == 3, "vectors must be scale, shift and bias, got ",
+                    vectors.size());
+  const int64_t sizes[] = {vectors[0].numel(), vectors[0].numel(), vectors[2].numel()};
+  for (size_t i = 0; i < 3; ++i) {
+    check_vector(vectors[i], "vectors[" + std::to_string(i) + "]", sizes[i], at::kFloat, buffer);
+  }
+  TORCH_CHECK_VALUE(sizes[0] <= buffer.size(1), "buffer must have ", sizes[0],
+                    " channels or more, got ", buffer.size(1));
+  TORCH_CHECK_VALUE(sizes[2] <= out.size(1), "out must have room for ", sizes[2],
+                    " channels, got ", out.size(1));
+  check_packed(weight, "weight", sizes[2], sizes[0], 1, 1, buffer);
+  check_positions(buffer.size(0) * buffer.size(2) * buffer.size(3), "buffer");
 }
 
 }  // namespace las_mm

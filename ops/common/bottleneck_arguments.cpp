@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "common/arguments.h"
 #include "common/checks.h"
 
 namespace las_mm {
@@ -94,15 +95,7 @@ Shape check(const at::Tensor& x, const Arguments& a) {
                       "the output has ",
                       s.c_in, " channels, got ", at::IntArrayRef(a.strides), " and ", s.c_out);
   } else {
-    if (a.shortcut) {
-      check_map(*a.shortcut, "shortcut");
-      check_same(*a.shortcut, x, "shortcut");
-      TORCH_CHECK_VALUE(
-          a.shortcut->size(0) == s.images && a.shortcut->size(2) == s.out_height &&
-              a.shortcut->size(3) == s.out_width,
-          "shortcut must have ", s.images, " images of ", s.out_height, "x", s.out_width, ", got ",
-          a.shortcut->sizes());
-    }
+    if (a.shortcut) check_shortcut_map(*a.shortcut, x, s.out_height, s.out_width);
     check_packed(a.weights[3], "weights[3]", s.c_out, a.shortcut ? a.shortcut->size(1) : s.c_in, 1,
                  1, x);
   }
@@ -114,13 +107,7 @@ Shape check(const at::Tensor& x, const Arguments& a) {
 void check_channels(const at::Tensor& channel_mask,
                     const Optional<std::vector<at::Tensor>>& constants, const at::Tensor& x,
                     const Shape& s) {
-  TORCH_CHECK_VALUE(channel_mask.dim() == 2 && channel_mask.size(0) == s.images &&
-                        channel_mask.size(1) > 0 && s.hidden % channel_mask.size(1) == 0,
-                    "channel_mask must have shape (", s.images, ", k) with k dividing ", s.hidden,
-                    " channels, got ", channel_mask.sizes());
-  check_mask_dtype(channel_mask, "channel_mask");
-  TORCH_CHECK_VALUE(channel_mask.device() == x.device(), "channel_mask must be on ", x.device(),
-                    ", got ", channel_mask.device());
+  check_channel_mask(channel_mask, x, s.hidden);
   if (!constants) return;
   TORCH_CHECK_VALUE(constants->size() == 2,
                     "constants must be None or those of conv1's and conv2's outputs, got ",

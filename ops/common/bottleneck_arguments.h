@@ -9,8 +9,6 @@
 
 namespace las_mm {
 
-constexpr int kTile = 16;  // values of a transformed 4x4 input of Winograd's F(2x2, 3x3)
-
 // All arguments after x.
 struct Arguments {
   Optional<at::Tensor> mask;

@@ -16,6 +16,8 @@ LAS_MM_HOST_DEVICE constexpr int64_t ceil_div(int64_t numerator, int64_t denomin
   return numerator / denominator + (numerator % denominator != 0);
 }
 
+constexpr int kTile = 16;  // values of a transformed 4x4 input of Winograd's F(2x2, 3x3)
+
 // Values of a packed convolution; las_mm/ops/packing.py states the layout. `depth` is the number of
 // input channels of one group, packed in pairs unless the weights are float32.
 LAS_MM_HOST_DEVICE constexpr int64_t packed_numel(int64_t out, int64_t depth, int64_t taps,

@@ -12,14 +12,12 @@
 
 #include "common/bottleneck_arguments.h"
 #include "common/checks.h"
+#include "cpu/conv3x3.h"
 #include "cpu/excitation.h"
-#include "cpu/positions.h"
-#include "cpu/sparse_conv.h"
 #include "cpu/workspace.h"
 
 namespace las_mm::cpu {
 
-constexpr int64_t kChunkTiles = 48;  // Winograd tiles of 2x2 outputs; measured: 36 to 60 are alike
 constexpr int64_t kFewRows = 256;    // of an image, whose weights are gathered panel by panel
 constexpr int64_t kGatheredDepth = 512;  // input channels of such a panel: 128 KiB, for L2
 
@@ -71,6 +69,10 @@ Weights<T> all_channels(const Arguments& a, const Shape& s, bool use_tiles) {
   return w;
 }
 
+inline MaskGeometry geometry(const Arguments& a, const Shape& s) {
+  return {s.hidden_height, s.hidden_width, a.strides[1], a.dilation, a.mask ? a.granularity : 1};
+}
+
 template <typename T>
 class Bottleneck {
  public:
@@ -80,8 +82,7 @@ class Bottleneck {
              int64_t shortcut_channels, const bool* patches, T* out)
       : a_(a),
         s_(s),
-        g_(s.hidden_height, s.hidden_width, a.strides[1], a.dilation,
-           a.mask ? a.granularity : 1),
+        g_(geometry(a, s)),
         w_(workspace()),
         x_(x),
         shortcut_(shortcut ? shortcut : x),
@@ -142,7 +143,6 @@ class Bottleneck {
       map_ = w_.map.template get<T>(s_.images * map_height_ * map_width_ * row_);
       clear_border();
       conv1();
-      if (use_tiles_) clear_blank();
     }
     const int64_t units = use_tiles_ ? w_.tiles.size() : w_.kept.size();
     const int64_t chunk = gathered ? kAllRows : use_tiles_ ? kChunkTiles : kChunkRows;
@@ -172,17 +172,11 @@ class Bottleneck {
 
  private:
   static constexpr int64_t kAllRows = std::numeric_limits<int64_t>::max() / 2;
-  struct Point {
-    int64_t image, y, x;
-  };
   // Rows of a chunk that share weights.
   struct Part {
     size_t weights;
     int64_t begin, end;
   };
-  static Point point(int64_t index, int64_t height, int64_t width) {
-    return {index / (height * width), index / width % height, index % width};
-  }
   // The map's row of conv1's output (image, y, x); y and x may reach into the border.
   T* map_row(int64_t image, int64_t y, int64_t x) const {
     return map_ + ((image * map_height_ + y + border_) * map_width_ + x + border_) * row_;
@@ -294,15 +288,6 @@ class Bottleneck {
     });
   }
 
-  // Tiles mix all of their 4x4 inputs. Those that no kept output reads get the weight zero in the
-  // end, which takes finite values.
-  void clear_blank() {
-    for (const int32_t index : w_.blank) {
-      const Point p = point(index, s_.hidden_height, s_.hidden_width);
-      std::fill_n(map_row(p.image, p.y, p.x), row_, T{});
-    }
-  }
-
   void conv1() {
     const Positions& list = w_.halo;
     const Panels panels{hidden_};
@@ -385,35 +370,28 @@ class Bottleneck {
   void conv2_tiles(int64_t lo, int64_t hi, int64_t first, int64_t last, float* hidden) {
     const int64_t tiles = hi - lo;
     const int64_t tile_height = ceil_div(s_.out_height, 2), tile_width = ceil_div(s_.out_width, 2);
-    Scratch& memory = scratch();
-    const float** in = memory.pointers.template get<const float*>(2 * tiles);
-    float** out = const_cast<float**>(in) + tiles;
-    float* transformed = memory.values.template get<float>(kTile * tiles * row_);
-    float* products = memory.output.template get<float>(kTile * tiles * kPanel);
-    const Kernels& k = kernels();
+    const TileChunk chunk(tiles, row_);
     const std::vector<Part> images = parts(w_.tiles, lo, hi, tile_height * tile_width);
     for (const Part& part : images) {
       const int64_t channels = (*weights_)[part.weights].hidden + has_constant_;
       for (int64_t i = part.begin; i < part.end; ++i) {
         const Point p = point(w_.tiles[lo + i], tile_height, tile_width);
-        in[i] = transformed + i * row_;
-        out[i] = products + i * kPanel;
-        k.winograd_input(map_row(p.image, 2 * p.y - 1, 2 * p.x - 1), map_width_ * row_, row_,
-                         channels, transformed + i * row_, tiles * row_);
+        chunk.transform(i, map_row(p.image, 2 * p.y - 1, 2 * p.x - 1), map_width_ * row_, row_,
+                        channels);
       }
     }
     const bool gathered = (*weights_)[0].source != nullptr;
     for (int64_t p = first; p < last; ++p) {
       for (int t = 0; t < kTile; ++t) {
-        const int64_t offset = t * tiles * row_;
+        const int64_t offset = chunk.offset(t);
         for (const Part& part : images) {
           const Weights<T>& w = (*weights_)[part.weights];
           const Group<float>& group = w.conv2[0];
-          const float* const* from = in + part.begin;
+          const float* const* from = chunk.in() + part.begin;
           const Tap<float> taps[2] = {{from, offset, w.hidden, group.weights, t, kTile},
                                       {from, offset + w.hidden, 1, group.constant, t, kTile}};
           run(w, Convolution::kSecond, t, 1, part, taps, has_constant_ ? 2 : 1, Panels{w.hidden},
-              p, {nullptr, nullptr, out + part.begin, t * tiles * kPanel - p * kPanel, false});
+              p, {nullptr, nullptr, chunk.out() + part.begin, chunk.column(t, p), false});
         }
         if (gathered) continue;  // what a whole image needs would take the weights' place
         const int64_t step = (p - first) * kTile + t, steps = (last - first) * kTile;
@@ -424,8 +402,11 @@ class Bottleneck {
         const Panels panels{w.hidden};
         if (p >= panels.count()) continue;
         for (int64_t i = part.begin; i < part.end; ++i) {
-          k.winograd_output(products + i * kPanel, tiles * kPanel, panels.valid(p),
-                            w.biases[1] + p * kPanel, hidden + 4 * i * row_ + p * kPanel, row_);
+          float* const first_row = hidden + 4 * i * row_;
+          float* const to[] = {first_row, first_row + row_, first_row + 2 * row_,
+                               first_row + 3 * row_};
+          chunk.finish(i, panels.valid(p), w.biases[1] + p * kPanel,
+                       {nullptr, to, p * kPanel, true});
         }
       }
     }

@@ -26,7 +26,7 @@ constexpr int64_t kTogetherRows = 512;  // outputs of images that run in step; 2
 // lies in the cache. Only small maps need it; larger ones would no longer fit there themselves.
 int64_t images_together(const Arguments& a, const Shape& s, const at::Tensor& patches) {
   if (a.groups > 1 || a.excitation) return 1;
-  const std::vector<int64_t> outputs = outputs_of_images(a, s, patches);
+  const std::vector<int64_t> outputs = outputs_of_images(geometry(a, s), s.images, patches);
   const int64_t kept = std::accumulate(outputs.begin(), outputs.end(), int64_t{0});
   const int64_t most = std::min(kTogetherRows * s.images / std::max<int64_t>(kept, 1),
                                 ceil_div(s.images, free_threads()));

@@ -63,7 +63,7 @@ void linear(const float* in, int64_t rows, int64_t depth, const float* weight, c
   parallel_tasks(tasks, [&](int64_t task) {
     for (int64_t j = width * task / tasks; j < width * (task + 1) / tasks; ++j) {
       for (int64_t i = 0; i < rows; ++i) {
-        const float value = bias[j] + dot(in + i * depth, 1, depth, weight + j * depth);
+        const float value = bias[j] + dot(in + i * depth, 1, depth, depth, weight + j * depth);
         out[i * width + j] = relu && value < 0 ? 0 : value;  // a NaN stays one
       }
     }

@@ -60,12 +60,13 @@ void Excitation::scale_image(float* scale, float* whole, float* hidden) const {
     mean = whole;
   }
   for (int64_t i = 0; i < squeezed_; ++i) {
-    const float value = weights_[1][i] + dot(mean, 1, width_, weights_[0] + i * width_);
+    const float value = weights_[1][i] + dot(mean, 1, width_, width_, weights_[0] + i * width_);
     hidden[i] = value < 0 ? 0 : value;  // a NaN stays one
   }
   for (int64_t i = 0; i < count_; ++i) {
     const int64_t c = channels_ == nullptr ? i : (*channels_)[i];
-    const float value = weights_[3][c] + dot(hidden, 1, squeezed_, weights_[2] + c * squeezed_);
+    const float* row = weights_[2] + c * squeezed_;
+    const float value = weights_[3][c] + dot(hidden, 1, squeezed_, squeezed_, row);
     scale[i] = 1 / (1 + std::exp(-value));
   }
 }

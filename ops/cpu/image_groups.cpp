@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "cpu/mask_geometry.h"
 
 namespace las_mm::cpu {
 namespace {
@@ -26,13 +25,12 @@ int64_t longest(const std::vector<int64_t>& outputs, const std::vector<int64_t>&
 
 }  // namespace
 
-std::vector<int64_t> outputs_of_images(const Arguments& a, const Shape& s,
+std::vector<int64_t> outputs_of_images(const MaskGeometry& g, int64_t images,
                                        const at::Tensor& patches) {
-  std::vector<int64_t> outputs(s.images, s.out_height * s.out_width);
+  std::vector<int64_t> outputs(images, g.rows.size * g.columns.size);
   if (!patches.defined()) return outputs;
-  const MaskGeometry g(s.hidden_height, s.hidden_width, a.strides[1], a.dilation, a.granularity);
   const bool* decisions = patches.const_data_ptr<bool>();
-  for (int64_t n = 0; n < s.images; ++n) {
+  for (int64_t n = 0; n < images; ++n) {
     outputs[n] = count_outputs(g, decisions + n * patches.stride(0));
   }
   return outputs;

@@ -194,69 +194,15 @@ inline void store_lanes(T* p, typename V::Reg value, int64_t n) {
   }
 }
 
-template <typename V>
-void winograd_input(const float* tile, int64_t row_stride, int64_t column_stride, int64_t channels,
-                    float* out, int64_t out_stride) {
-  using Reg = typename V::Reg;
-  LAS_MM_FOR_LANES(c, n, channels) {
-    Reg columns[4][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      Reg d[4];
-#pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) {
-        d[y] = load_lanes<V>(tile + y * row_stride + x * column_stride + c, n);
-      }
-      columns[0][x] = V::sub(d[0], d[2]);
-      columns[1][x] = V::add(d[1], d[2]);
-      columns[2][x] = V::sub(d[2], d[1]);
-      columns[3][x] = V::sub(d[1], d[3]);
-    }
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) {
-      const Reg* d = columns[y];
-      float* row = out + 4 * y * out_stride + c;
-      store_lanes<V>(row, V::sub(d[0], d[2]), n);
-      store_lanes<V>(row + out_stride, V::add(d[1], d[2]), n);
-      store_lanes<V>(row + 2 * out_stride, V::sub(d[2], d[1]), n);
-      store_lanes<V>(row + 3 * out_stride, V::sub(d[1], d[3]), n);
-    }
-  }
-}
-
-template <typename V>
-void winograd_output(const float* in, int64_t in_stride, int64_t channels, const float* bias,
-                     float* out, int64_t out_stride) {
-  using Reg = typename V::Reg;
-  LAS_MM_FOR_LANES(c, n, channels) {
-    Reg rows[2][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      Reg d[4];
-#pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) d[y] = load_lanes<V>(in + (4 * y + x) * in_stride + c, n);
-      rows[0][x] = V::add(V::add(d[0], d[1]), d[2]);
-      rows[1][x] = V::sub(V::sub(d[1], d[2]), d[3]);
-    }
-    const Reg shift = load_lanes<V>(bias + c, n);
-#pragma GCC unroll 2
-    for (int y = 0; y < 2; ++y) {
-      const Reg* d = rows[y];
-      const Reg left = V::add(V::add(V::add(d[0], d[1]), d[2]), shift);
-      const Reg right = V::add(V::sub(V::sub(d[1], d[2]), d[3]), shift);
-      store_lanes<V>(out + 2 * y * out_stride + c, relu<V>(left), n);
-      store_lanes<V>(out + (2 * y + 1) * out_stride + c, relu<V>(right), n);
-    }
-  }
-}
+#include "cpu/winograd_templates.h"
 
 template <typename V, typename T>
-float dot(const T* x, int64_t positions, int64_t channels, const float* weight) {
+float dot(const T* x, int64_t positions, int64_t stride, int64_t channels, const float* weight) {
   constexpr int kChains = 4;  // independent sums hide the latency of fma
   typename V::Reg sums[kChains];
   for (auto& sum : sums) sum = V::zero();
   const int64_t whole = channels - channels % (kChains * V::kLanes);
-  for (int64_t i = 0; i < positions; ++i, x += channels) {
+  for (int64_t i = 0; i < positions; ++i, x += stride) {
     for (int64_t c = 0; c < whole; c += kChains * V::kLanes) {
 #pragma GCC unroll 4
       for (int j = 0; j < kChains; ++j) {
@@ -332,11 +278,34 @@ void scale_channels(T* x, const float* scale, int64_t channels) {
   }
 }
 
+template <typename V, typename T, bool kOne>
+inline void norm_rows(const T* const* rows, int count, const float* scale, const float* shift,
+                      int64_t channels, T* out) {
+  const T* first = rows[0];
+  const typename V::Reg share = V::set1(1.0f / static_cast<float>(count));
+  LAS_MM_FOR_LANES(c, n, channels) {
+    const typename V::Reg a = load_lanes<V>(scale + c, n), b = load_lanes<V>(shift + c, n);
+    typename V::Reg sum = relu<V>(V::fma(load_lanes<V>(first + c, n), a, b));
+    for (int i = 1; !kOne && i < count; ++i) {
+      sum = V::add(sum, relu<V>(V::fma(load_lanes<V>(rows[i] + c, n), a, b)));
+    }
+    store_lanes<V>(out + c, kOne ? sum : V::mul(sum, share), n);
+  }
+}
+
+template <typename V, typename T>
+void norm_relu(const T* const* rows, int count, const float* scale, const float* shift,
+               int64_t channels, T* out) {
+  if (count == 1) return norm_rows<V, T, true>(rows, 1, scale, shift, channels, out);
+  norm_rows<V, T, false>(rows, count, scale, shift, channels, out);
+}
+
 template <typename V>
 constexpr Kernels make_kernels() {
   return {&panel<V, float>,    &panel<V, bf16>,       &winograd_input<V>,
           &winograd_output<V>, &dot<V, float>,        &dot<V, bf16>,
           &max_rows<V, float>, &max_rows<V, bf16>, &select_columns<V>,
           &sum_positions<V, float>, &sum_positions<V, bf16>,
-          &scale_channels<V, float>, &scale_channels<V, bf16>};
+          &scale_channels<V, float>, &scale_channels<V, bf16>,
+          &norm_relu<V, float>, &norm_relu<V, bf16>};
 }

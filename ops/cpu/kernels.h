@@ -41,6 +41,14 @@ struct Panel {
   bool relu;
 };
 
+// The 2x2 outputs of a Winograd tile: out[q][column + c] = relu(residual[q][column + c] + ...).
+struct TileTarget {
+  const float* const* residual;  // or null; may equal `out`
+  float* const* out;             // null rows are left out
+  int64_t column;
+  bool relu;
+};
+
 // 16 columns of a row of a packed weight: those whose bit is set in `lanes` go to byte `to` of the
 // gathered row.
 struct Move {
@@ -57,12 +65,14 @@ struct Kernels {
   // values) of `channels` -> out[16][.], `out_stride` values apart.
   void (*winograd_input)(const float* tile, int64_t row_stride, int64_t column_stride,
                          int64_t channels, float* out, int64_t out_stride);
-  // Output transform: in[16][.] (`in_stride` apart) of `channels`, + bias, ReLU -> 4 rows of `out`.
+  // Output transform: in[16][.] (`in_stride` apart) of `channels`, + bias -> `to`.
   void (*winograd_output)(const float* in, int64_t in_stride, int64_t channels, const float* bias,
-                          float* out, int64_t out_stride);
-  // Sum over `positions` consecutive positions of the inner product with `weight`.
-  float (*dot_f32)(const float* x, int64_t positions, int64_t channels, const float* weight);
-  float (*dot_bf16)(const bf16* x, int64_t positions, int64_t channels, const float* weight);
+                          const TileTarget& to);
+  // Sum over `positions` positions, `stride` values apart, of the inner product with `weight`.
+  float (*dot_f32)(const float* x, int64_t positions, int64_t stride, int64_t channels,
+                   const float* weight);
+  float (*dot_bf16)(const bf16* x, int64_t positions, int64_t stride, int64_t channels,
+                    const float* weight);
   // out[i] = max over `count` rows.
   void (*max_f32)(const float* const* rows, int count, int64_t channels, float* out);
   void (*max_bf16)(const bf16* const* rows, int count, int64_t channels, bf16* out);
@@ -77,6 +87,11 @@ struct Kernels {
   // x[c] *= scale[c].
   void (*scale_f32)(float* x, const float* scale, int64_t channels);
   void (*scale_bf16)(bf16* x, const float* scale, int64_t channels);
+  // out[c] = mean over `count` rows of relu(row[c] * scale[c] + shift[c]).
+  void (*norm_relu_f32)(const float* const* rows, int count, const float* scale,
+                        const float* shift, int64_t channels, float* out);
+  void (*norm_relu_bf16)(const bf16* const* rows, int count, const float* scale,
+                         const float* shift, int64_t channels, bf16* out);
 };
 
 extern const Kernels kGenericKernels;
@@ -96,5 +111,7 @@ inline auto sum_kernel(float) { return kernels().sum_f32; }
 inline auto sum_kernel(bf16) { return kernels().sum_bf16; }
 inline auto scale_kernel(float) { return kernels().scale_f32; }
 inline auto scale_kernel(bf16) { return kernels().scale_bf16; }
+inline auto norm_relu_kernel(float) { return kernels().norm_relu_f32; }
+inline auto norm_relu_kernel(bf16) { return kernels().norm_relu_bf16; }
 
 }  // namespace las_mm::cpu

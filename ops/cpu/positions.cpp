@@ -36,6 +36,23 @@ void expand_row(const PatchAxis& columns, const bool* patches, uint8_t* out) {
   }
 }
 
+// Appends the tiles of image `n` that hold a byte that is set.
+void append_tiles(Positions& list, const uint8_t* bytes, int64_t n, const TileGrid& grid) {
+  const int64_t rows = grid.rows(), columns = grid.columns();
+  for (int64_t ty = 0; ty < rows; ++ty) {
+    const int64_t y = 2 * ty - grid.origin;
+    const uint8_t* upper = bytes + std::max<int64_t>(y, 0) * grid.width;
+    const uint8_t* lower = bytes + std::min(y + 1, grid.height - 1) * grid.width;
+    for (int64_t tx = 0; tx < columns; ++tx) {
+      const int64_t left = std::max<int64_t>(2 * tx - grid.origin, 0);
+      const int64_t right = std::min(2 * tx - grid.origin + 1, grid.width - 1);
+      if (upper[left] | upper[right] | lower[left] | lower[right]) {
+        list.push_back(static_cast<int32_t>((n * rows + ty) * columns + tx));
+      }
+    }
+  }
+}
+
 class Lister {
  public:
   Lister(const MaskGeometry& g, Wanted wanted, Workspace& w)
@@ -44,12 +61,9 @@ class Lister {
         w_(w),
         height_(g.rows.size),
         width_(g.columns.size),
-        tile_width_(ceil_div(width_, 2)),
         map_width_(g.conv_columns.input) {
-    const int64_t bytes = (height_ + 1) * (2 * tile_width_) + 2 * map_width_ * g.conv_rows.input;
-    kept_ = w.bytes.get<uint8_t>(bytes);
-    halo_ = kept_ + (height_ + 1) * (2 * tile_width_);
-    covered_ = halo_ + map_width_ * g.conv_rows.input;
+    kept_ = w.bytes.get<uint8_t>(height_ * width_ + map_width_ * g.conv_rows.input);
+    halo_ = kept_ + height_ * width_;
     spread_ = w.spread.get<uint8_t>(g.rows.patches() * map_width_);
   }
 
@@ -66,7 +80,7 @@ class Lister {
     }
     append(w_.kept, kept_, outputs, n * outputs, false);
     if (wanted_.dropped) append(w_.dropped, kept_, outputs, n * outputs, true);
-    if (wanted_.halo || wanted_.tiles) {
+    if (wanted_.halo || wanted_.halo_tiles) {
       for (int64_t r = 0; r < g_.rows.patches(); ++r) {
         spread_columns(g_, patches + r * g_.columns.patches(), spread_ + r * map_width_);
       }
@@ -75,48 +89,32 @@ class Lister {
       }
     }
     if (wanted_.halo) append(w_.halo, halo_, inputs, n * inputs, false);
-    if (wanted_.tiles) tiles(n);
+    if (wanted_.tiles) append_tiles(w_.tiles, kept_, n, {height_, width_, 0});
+    if (wanted_.halo_tiles) {
+      append_tiles(w_.halo_tiles, halo_, n, {g_.conv_rows.input, map_width_, halo_origin(g_)});
+    }
   }
 
  private:
-  void tiles(int64_t n) {
-    const int64_t tile_height = ceil_div(height_, 2);
-    std::fill_n(covered_, map_width_ * height_, uint8_t{0});
-    for (int64_t ty = 0; ty < tile_height; ++ty) {
-      const uint8_t* upper = kept_ + 2 * ty * width_;
-      const uint8_t* lower = 2 * ty + 1 < height_ ? upper + width_ : upper;
-      for (int64_t tx = 0; tx < tile_width_; ++tx) {
-        const int64_t x = 2 * tx, next = x + 1 < width_ ? x + 1 : x;
-        if (!(upper[x] | upper[next] | lower[x] | lower[next])) continue;
-        w_.tiles.push_back(static_cast<int32_t>((n * tile_height + ty) * tile_width_ + tx));
-        const int64_t y0 = std::max<int64_t>(0, 2 * ty - 1), y1 = std::min(height_, 2 * ty + 3);
-        const int64_t x0 = std::max<int64_t>(0, x - 1), x1 = std::min(width_, x + 3);
-        for (int64_t y = y0; y < y1; ++y) std::fill(covered_ + y * width_ + x0, covered_ + y * width_ + x1, 1);
-      }
-    }
-    const int64_t outputs = height_ * width_;
-    for (int64_t i = 0; i < outputs; ++i) covered_[i] &= static_cast<uint8_t>(halo_[i] ^ 1);
-    append(w_.blank, covered_, outputs, n * outputs, false);
-  }
-
   const MaskGeometry& g_;
   const Wanted wanted_;
   Workspace& w_;
-  const int64_t height_, width_, tile_width_, map_width_;
-  uint8_t *kept_, *halo_, *covered_, *spread_;
+  const int64_t height_, width_, map_width_;
+  uint8_t *kept_, *halo_, *spread_;
 };
 
 }  // namespace
 
 void list_positions(const bool* patches, int64_t images, const MaskGeometry& g, Wanted wanted,
                     Workspace& w) {
-  for (Positions* list : {&w.kept, &w.dropped, &w.halo, &w.blank, &w.tiles}) list->clear();
+  for (Positions* list : {&w.kept, &w.dropped, &w.halo, &w.tiles, &w.halo_tiles}) list->clear();
   if (patches == nullptr) {
     append_range(w.kept, 0, images * g.rows.size * g.columns.size);
     if (wanted.halo) append_range(w.halo, 0, images * g.conv_rows.input * g.conv_columns.input);
-    if (wanted.tiles) {
-      append_range(w.tiles, 0, images * ceil_div(g.rows.size, 2) * ceil_div(g.columns.size, 2));
-    }
+    const TileGrid outputs{g.rows.size, g.columns.size, 0};
+    if (wanted.tiles) append_range(w.tiles, 0, images * outputs.rows() * outputs.columns());
+    const TileGrid inputs{g.conv_rows.input, g.conv_columns.input, halo_origin(g)};
+    if (wanted.halo_tiles) append_range(w.halo_tiles, 0, images * inputs.rows() * inputs.columns());
     return;
   }
   Lister lister(g, wanted, w);

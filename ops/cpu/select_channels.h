@@ -5,21 +5,9 @@
 #include <vector>
 
 #include "cpu/bottleneck.h"
+#include "cpu/gather_channels.h"
 
 namespace las_mm::cpu {
-
-struct Selection {
-  // `wanted`: `decisions` of them, each for width / decisions consecutive channels.
-  Selection(const bool* wanted, int64_t decisions, int64_t width, int64_t groups);
-
-  int64_t count() const { return static_cast<int64_t>(channels.size()); }
-  int64_t first(int64_t group) const { return firsts[group]; }
-  int64_t count(int64_t group) const { return firsts[group + 1] - firsts[group]; }
-
-  std::vector<int32_t> channels;  // the wanted ones, ascending, numbered inside their group
-  std::vector<int64_t> firsts;    // of each group in `channels`, and the end
-  std::vector<uint8_t> on;        // per hidden channel
-};
 
 // What skipped channels of conv1's and conv2's outputs hold, or null: zero.
 struct Constants {
@@ -46,37 +34,7 @@ class SelectedWeights : public PanelSource<T> {
                  int64_t last) const override;
 
  private:
-  // 16 source columns of which some go to byte `to` of a row.
-  struct Step {
-    int64_t column;
-    int32_t to;
-    uint16_t lanes;
-  };
-  // A convolution, packed, in columns of 4 bytes: a float, or a pair of bfloat16 input channels.
-  struct Packed {
-    char* data;
-    int64_t rows;  // per tap
-    int64_t taps;
-    Panels panels;
-
-    char* at(int64_t panel, int64_t tap) const {
-      return data + 4 * rows * (panel * kPanel * taps + tap * panels.width(panel));
-    }
-  };
-  // A convolution of which some input and output channels are gathered.
-  struct Part {
-    Packed from, to;
-    const int32_t* inputs;  // the wanted ones, null: all
-    int64_t input_count;
-    std::vector<std::vector<Step>> steps;  // per panel of `to`
-  };
-
-  void add(const T* from, int64_t depth, int64_t channels, int64_t taps, const int32_t* inputs,
-           int64_t count, const uint8_t* wanted);
   void set_vectors();
-  void gather_rows(const Part& part, int64_t panel, int64_t tap, int64_t first, int64_t last,
-                   char* out) const;
-  void sum_constants(int64_t group, int64_t tap) const;
   void shift(int64_t panel) const;
 
   const Arguments& a_;
@@ -86,7 +44,7 @@ class SelectedWeights : public PanelSource<T> {
   SelectedMemory& memory_;
   const int64_t taps_;
   Weights<T> weights_{};
-  std::vector<Part> parts_;  // conv1, conv3, conv2's groups
+  GatheredConvs<T> parts_;      // conv1, conv3, conv2's groups
   std::vector<int32_t> whole_;  // see wanted()
   float* shifted_ = nullptr;
   T* skipped_[2] = {};  // constants of the channels that are not wanted

@@ -61,7 +61,7 @@ at::Tensor run_dense(const at::Tensor& x, const Arguments& a, const Shape& s,
 bool prefers_dense(const Arguments& a, const Shape& s, const at::Tensor& patches) {
   if (!a.dense) return false;
   if (!patches.defined()) return 1.0 > a.dense_above;
-  const std::vector<int64_t> kept = outputs_of_images(a, s, patches);
+  const std::vector<int64_t> kept = outputs_of_images(geometry(a, s), s.images, patches);
   return std::accumulate(kept.begin(), kept.end(), int64_t{0}) >
          a.dense_above * static_cast<double>(s.images * s.out_height * s.out_width);
 }
@@ -77,13 +77,7 @@ void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const a
     block.plan();
     block.run({all_channels<T>(a, part, block.use_tiles())});
   };
-  const std::vector<int64_t> groups =
-      share_images(outputs_of_images(a, s, patches), free_threads());
-  const auto tasks = static_cast<int64_t>(groups.size()) - 1;
-  if (tasks == 1) return run(0, s.images);  // the threads share its parts
-  parallel_tasks(tasks, [&](int64_t task) {
-    run(groups[task], groups[task + 1] - groups[task]);
-  });
+  for_images(outputs_of_images(geometry(a, s), s.images, patches), run);
 }
 
 void run_sparse(const at::Tensor& x, const Arguments& a, const Shape& s, const at::Tensor& patches,

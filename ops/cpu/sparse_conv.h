@@ -25,6 +25,13 @@ struct Tap {
 constexpr int kMaxTaps = 18;  // 9 taps, each in two parts
 constexpr int64_t kChunkRows = 96;  // positions whose values fit the second-level cache
 
+// Fetches values that are read soon.
+template <typename T>
+void prefetch(const T* values, int64_t count) {
+  constexpr int64_t kLineValues = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLineValues) __builtin_prefetch(values + i);
+}
+
 // Output channels of one group, cut into panels.
 struct Panels {
   int64_t channels;

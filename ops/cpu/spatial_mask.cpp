@@ -35,14 +35,15 @@ template <typename T>
 void score_rows(const at::Tensor& x, const PatchAxis& columns, const float* weight,
                 float* scores) {
   const int64_t channels = x.size(1), width = x.size(3), patches = columns.patches();
+  const int64_t pitch = row_pitch(x);
   const T* data = values(x, T{});
   const auto dot = dot_kernel(T{});
   const int64_t grain = std::max<int64_t>(1, 32768 / (width * channels));
   at::parallel_for(0, x.size(0) * x.size(2), grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t p = 0; p < patches; ++p) {
-        const T* first = data + (row * width + p * columns.granularity) * channels;
-        scores[row * patches + p] = dot(first, columns.extent(p), channels, weight);
+        const T* first = data + (row * width + p * columns.granularity) * pitch;
+        scores[row * patches + p] = dot(first, columns.extent(p), pitch, channels, weight);
       }
     }
   });
@@ -84,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor> decide(const at::Tensor& x, const at::Tensor&
   if (offset) {
     forced = offset->expand({images, 1, rows, columns}).contiguous();
   }
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = as_rows(x);
   const Difference d = difference(weight, bias, channels);
   const int64_t stride = strides[0] * strides[1];
   // A patch in input pixels; one longer than the map is the whole map.

@@ -67,6 +67,22 @@ Workspace& workspace() {
   return instance;
 }
 
+int64_t row_pitch(const at::Tensor& x) {
+  if (x.size(1) > 1 && x.stride(1) != 1) return 0;
+  int64_t pitch = 0, positions = 1;  // of the axes so far
+  for (const int64_t axis : {3, 2, 0}) {
+    if (x.size(axis) <= 1) continue;  // may have any stride
+    if (pitch == 0) pitch = x.stride(axis);
+    if (pitch < x.size(1) || x.stride(axis) != pitch * positions) return 0;
+    positions *= x.size(axis);
+  }
+  return pitch == 0 ? x.size(1) : pitch;
+}
+
+at::Tensor as_rows(const at::Tensor& x) {
+  return row_pitch(x) > 0 ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
 at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes, bool channels_last) {
   // Storages, not tensors: a tensor that Python has seen keeps its Python object alive.
   struct Kept {

@@ -52,9 +52,15 @@ struct Workspace {
   Buffer map, hidden, bias, zeros, bytes, spread, scores;
   Buffer scales;  // of squeeze-and-excitation
   std::deque<SelectedMemory> selected;  // of images that are computed together
-  Positions kept, dropped, halo, blank, tiles;
+  Positions kept, dropped, halo, tiles, halo_tiles;
 };
 Workspace& workspace();
+
+// Values from position to position of a map whose positions lie in order, each with its channels
+// side by side: a channels_last tensor or some channels of one. 0: `x` is no such map.
+int64_t row_pitch(const at::Tensor& x);
+// `x` if it is such a map, or else a channels_last copy.
+at::Tensor as_rows(const at::Tensor& x);
 
 // A channels_last (or else contiguous) tensor, taken from the ones returned before if no one holds these any more.
 at::Tensor output_map(const at::Tensor& like, at::IntArrayRef sizes, bool channels_last = true);

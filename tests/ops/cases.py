@@ -19,7 +19,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from las_mm import ops
-from las_mm.ops import bottleneck, channels, convolution, maps, masks, packing
+from las_mm.ops import (
+    basic,
+    basic_channels,
+    bottleneck,
+    channels,
+    convolution,
+    dense_layer,
+    dense_transition,
+    maps,
+    masks,
+    packing,
+)
 
 SCALE = float(os.environ.get("LAS_MM_HYPOTHESIS_SCALE", 1))
 SANITIZED = "LAS_MM_SANITIZE" in os.environ
@@ -30,10 +41,18 @@ GUARD = 4096.0  # lies in storage beside what an op may touch
 REFERENCES = {
     "sparse_bottleneck": bottleneck._reference,
     "sparse_bottleneck_": bottleneck._reference_,
+    "sparse_basic": basic._reference,
+    "sparse_basic_": basic._reference_,
+    "channel_basic": basic_channels._reference,
+    "channel_basic_": basic_channels._reference_,
+    "sparse_dense_layer_": dense_layer._reference,
     "channel_bottleneck": channels._reference,
     "channel_bottleneck_": channels._reference_,
+    "channel_basic": basic_channels._reference,
+    "channel_basic_": basic_channels._reference_,
     "channel_mask": channels._channel_mask_reference,
     "channel_mean": channels._channel_mean_reference,
+    "dense_transition_": dense_transition._reference,
     "masker_conv1x1": convolution._masker_conv1x1_reference,
     "gather_conv3x3": convolution._gather_conv3x3_reference,
     "conv1x1_scatter_add_": convolution._conv1x1_scatter_add_reference,
@@ -140,7 +159,7 @@ def threads(number: int):
 # Storage -----------------------------------------------------------------------------------------
 
 DENSE = ["contiguous", "channels_last"]
-VIEWS = ["slice", "channels_last_slice", "transposed"]
+VIEWS = ["slice", "channels", "channels_last_slice", "transposed"]
 LAYOUTS = [*DENSE, "channels_last", *VIEWS, "expanded"]  # expanded: not where it is written to
 
 
@@ -153,6 +172,9 @@ def stored(values: torch.Tensor, layout: str) -> torch.Tensor:
         return values.contiguous(memory_format=torch.channels_last)
     if layout == "expanded":
         return values[:1].expand_as(values)
+    if layout == "channels":  # some of a channels_last map's
+        wide = F.pad(values, (0, 0, 0, 0, 1, 3), value=GUARD)
+        return wide.contiguous(memory_format=torch.channels_last)[:, 1:-3]
     if layout == "transposed":
         buffer = values.new_full((images + 1, channels, width + 1, height), GUARD)
         view = buffer[1:, :, :-1].transpose(2, 3)

@@ -621,6 +621,7 @@ def test_every_instruction_set(level):
             "-m",
             "pytest",
             str(HERE),
+            str(HERE.with_name("test_blocks.py")),
             "-q",
             "-k",
             "native or isa",
