@@ -32,7 +32,7 @@ void selected_gemm(Device& device, GemmParams<T> params) {
   }
   TileShape shape = device.choose_tile(params.positions, params.columns, params.groups);
   if (shape == TileShape::kLarge) shape = TileShape::kMedium;  // no registers left for more
-  with_tile<T, false>(shape, has_tensor_cores<T>(device.gpu), [&](auto tile) {
+  with_tile<T, false>(shape, device.gpu, [&](auto tile) {
     using Tile = decltype(tile);
     if constexpr (Tile::kPanels == 1) {
       const int64_t positions = static_cast<int64_t>(params.height) * params.width;

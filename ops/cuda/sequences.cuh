@@ -75,7 +75,7 @@ void gemm(Device& device, GemmParams<T> params) {
   }
   const TileShape shape =
       device.choose_tile(params.positions, params.columns, params.groups);
-  with_tile<T, kScores>(shape, has_tensor_cores<T>(device.gpu), [&](auto tile) {
+  with_tile<T, kScores>(shape, device.gpu, [&](auto tile) {
     using Tile = decltype(tile);
     const int64_t tiles = ceil_div(params.positions, Tile::kRows) * params.groups *
                           ceil_div(params.columns, Tile::kColumns);

@@ -26,7 +26,8 @@ struct SparseGemm {
   using Params = GemmParams<T>;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kSharedBytes = Tile::kSharedBytes;
-  static constexpr int kMinBlocks = kThreads > 128 ? 2 : 3;  // per multiprocessor
+  static constexpr int kMinBlocks =  // per multiprocessor
+      kThreads > 128 || Tile::kWarpRows > 32 ? 2 : 3;
 
   static constexpr int kRowChunks = Tile::kStepWords / 4;  // of 16 bytes in shared memory
   static constexpr int kRowPasses = Tile::kRows * kRowChunks / kThreads;
@@ -78,7 +79,8 @@ struct SparseGemm {
   // The rows whose inputs a thread copies: image, y and x of each, or image < 0.
   struct Rows {
     int image[kRowPasses], y[kRowPasses], x[kRowPasses];
-    int position[kRowPasses];  // in the source through the current tap, or -1 in the padding
+    // Of the source's values through the current tap, in the group; -1 in the padding.
+    int64_t first[kRowPasses];
   };
 
   LAS_MM_DEVICE static int position_of(const Params& p, const Place& place, int row) {
@@ -101,8 +103,11 @@ struct SparseGemm {
     }
   }
 
-  LAS_MM_DEVICE static void find_positions(const Params& p, const Step& step, Rows& rows) {
+  LAS_MM_DEVICE static void find_positions(const Params& p, const Place& place, const Step& step,
+                                           Rows& rows) {
     const Source<T>& s = p.sources[step.source];
+    int first_channel = place.group * s.depth;
+    if constexpr (Tile::kSelected) first_channel = s.selected ? place.first : 0;
     const int down = s.taps == 1 ? 0 : (step.tap / 3 - 1) * s.dilation;
     const int right = s.taps == 1 ? 0 : (step.tap % 3 - 1) * s.dilation;
     LAS_MM_UNROLL
@@ -110,7 +115,8 @@ struct SparseGemm {
       const int y = rows.y[i] * s.stride + down, x = rows.x[i] * s.stride + right;
       const bool inside =
           rows.image[i] >= 0 && y >= 0 && y < s.height && x >= 0 && x < s.width;
-      rows.position[i] = inside ? (rows.image[i] * s.height + y) * s.width + x : -1;
+      const int64_t position = (rows.image[i] * s.height + y) * s.width + x;
+      rows.first[i] = inside ? position * s.channels + first_channel : -1;
     }
   }
 
@@ -119,10 +125,9 @@ struct SparseGemm {
                                  const Rows& rows, int stage) {
     const Source<T>& s = p.sources[step.source];
     const int depth = depth_of(s, place);
-    int first_channel = place.group * s.depth, first_weight = place.group;
+    int first_weight = place.group;
     Global<const T> weight = s.weight;
     if constexpr (Tile::kSelected) {
-      first_channel = s.selected ? place.first : 0;
       first_weight = 0;
       weight.data += place.image * s.image_values + place.group * s.group_values;
     }
@@ -132,9 +137,7 @@ struct SparseGemm {
     for (int i = 0; i < kRowPasses; ++i) {
       const int row = thread_index() / kRowChunks + i * (kThreads / kRowChunks);
       const int at = base + (row * Tile::kRowStride + chunk * 4) * 4;
-      const int64_t first =
-          static_cast<int64_t>(rows.position[i]) * s.channels + first_channel;
-      fill_input(p, s, depth, first, rows.position[i] >= 0, step.channel, chunk, at);
+      fill_input(p, s, depth, rows.first[i], step.channel, chunk, at);
     }
     const int padded = (columns_of(p, place) + kPanelPad - 1) / kPanelPad * kPanelPad;
     const int word_depth = (depth + Tile::kPair - 1) / Tile::kPair;
@@ -158,8 +161,8 @@ struct SparseGemm {
   }
 
   LAS_MM_DEVICE static void fill_input(const Params& p, const Source<T>& s, int depth,
-                                       int64_t first, bool inside, int channel, int chunk,
-                                       int at) {
+                                       int64_t first, int channel, int chunk, int at) {
+    const bool inside = first >= 0;
     if constexpr (Tile::kConvert) {
       const int k = channel + chunk * 4;  // four channels become 16 bytes
       float values[4] = {};
@@ -171,7 +174,8 @@ struct SparseGemm {
     } else {
       const int k = channel + chunk * 4 * Tile::kPair;
       if (p.vectors) {
-        copy16_async(at, s.data, first + k, inside && k < depth);
+        // Neighbouring taps read the same rows: through L1, where the weights do not go.
+        copy16_async<true>(at, s.data, first + k, inside && k < depth);
       } else {
         Words words{};
         LAS_MM_UNROLL
@@ -255,63 +259,115 @@ struct SparseGemm {
     }
   }
 
-  LAS_MM_DEVICE static void write(const Params& p, const Place& place, const Part& part) {
+  // Where the thread's rows of the outputs begin, or -1 beyond the last one.
+  struct Outputs {
+    int64_t first[Part::kRowRuns];
+  };
+  LAS_MM_DEVICE static Outputs find_outputs(const Params& p, const Place& place) {
     const int channels = Tile::kSelected ? p.selection.row : p.groups * p.columns;
+    const int channel = first_output(p, place) + place.panel * kPanel;
+    Outputs outputs;
     LAS_MM_UNROLL
     for (int i = 0; i < Part::kRowRuns; ++i) {
       const int row = Part::row(i);
+      outputs.first[i] = -1;
       if (row >= place.rows) continue;
-      const int64_t start =
-          static_cast<int64_t>(position_of(p, place, place.first_row + row)) * channels;
+      outputs.first[i] =
+          static_cast<int64_t>(position_of(p, place, place.first_row + row)) * channels + channel;
+    }
+    return outputs;
+  }
+
+  // Outputs that the thread has from column `at` of the tile on, of kRun.
+  LAS_MM_DEVICE static int valid_columns(const Params& p, const Place& place, int at) {
+    const int left = columns_of(p, place) - place.panel * kPanel - at;
+    return left < Part::kRun ? left : Part::kRun;
+  }
+
+  // While the product is computed, the residual comes near.
+  LAS_MM_DEVICE static void prefetch(const Params& p, const Place& place,
+                                     const Outputs& outputs) {
+    if (p.residual.data == nullptr) return;
+    LAS_MM_UNROLL
+    for (int i = 0; i < Part::kRowRuns; ++i) {
       LAS_MM_UNROLL
       for (int run = 0; run < Part::kRuns; ++run) {
-        const int first = place.panel * kPanel + Part::column(run);  // in the group
-        const int left = columns_of(p, place) - first;
-        const int valid = left < Part::kRun ? left : Part::kRun;
-        if (valid <= 0) continue;
-        const int channel = first_output(p, place) + first;
-        float values[Part::kRun];
-        LAS_MM_UNROLL
-        for (int c = 0; c < Part::kRun; ++c) {
-          float value = part.value(i, run, c);
-          if (c < valid) {
-            value += p.bias.load(bias_of(p, place, channel) + c);
-            if (p.second_bias.data != nullptr) value += p.second_bias.load(channel + c);
-          }
-          values[c] = value;
+        const int at = Part::column(run);
+        if (outputs.first[i] >= 0 && valid_columns(p, place, at) > 0) {
+          p.residual.prefetch(outputs.first[i] + at);
         }
-        write_run(p, start + channel, valid, values);
       }
     }
   }
 
-  LAS_MM_DEVICE static void write_run(const Params& p, int64_t at, int valid,
-                                      float (&values)[Part::kRun]) {
-    constexpr int kChunk = Chunk<T>::kCount;
-    if constexpr (Part::kRun % kChunk == 0) {
-      if (p.vectors && valid == Part::kRun) {
-        LAS_MM_UNROLL
-        for (int first = 0; first < Part::kRun; first += kChunk) {
-          if (p.residual.data != nullptr) {
-            const Words residual = p.residual.load16(at + first);
-            LAS_MM_UNROLL
-            for (int c = 0; c < kChunk; ++c) values[first + c] += Chunk<T>::get(residual, c);
-          }
-          if (p.relu) {
-            LAS_MM_UNROLL
-            for (int c = 0; c < kChunk; ++c) values[first + c] = relu(values[first + c]);
-          }
-          p.out.store16(at + first, Chunk<T>::pack(values + first));
+  LAS_MM_DEVICE static void write(const Params& p, const Place& place, const Part& part,
+                                  const Outputs& outputs) {
+    LAS_MM_UNROLL
+    for (int run = 0; run < Part::kRuns; ++run) {
+      const int at = Part::column(run), valid = valid_columns(p, place, at);
+      if (valid <= 0) continue;
+      const int channel = first_output(p, place) + place.panel * kPanel + at;
+      float bias[Part::kRun];
+      LAS_MM_UNROLL
+      for (int c = 0; c < Part::kRun; ++c) {
+        bias[c] = 0.f;
+        if (c < valid) {
+          bias[c] = p.bias.load(bias_of(p, place, channel) + c);
+          if (p.second_bias.data != nullptr) bias[c] += p.second_bias.load(channel + c);
         }
-        return;
+      }
+      if constexpr (Part::kRun % Chunk<T>::kCount == 0) {
+        if (p.vectors && valid == Part::kRun) {
+          write_vectors(p, part, outputs, run, at, bias);
+          continue;
+        }
+      }
+      LAS_MM_UNROLL
+      for (int i = 0; i < Part::kRowRuns; ++i) {
+        if (outputs.first[i] < 0) continue;
+        LAS_MM_UNROLL
+        for (int c = 0; c < Part::kRun; ++c) {
+          if (c >= valid) break;
+          float value = part.value(i, run, c) + bias[c];
+          const int64_t to = outputs.first[i] + at + c;
+          if (p.residual.data != nullptr) value += to_float(p.residual.load(to));
+          p.out.store(to, from_float<T>(p.relu ? relu(value) : value));
+        }
+      }
+    }
+  }
+
+  // A run of all rows. Residuals are all asked for before the first is used: as they may be what
+  // is written, the compiler cannot move a load before a store.
+  LAS_MM_DEVICE static void write_vectors(const Params& p, const Part& part,
+                                          const Outputs& outputs, int run, int at,
+                                          const float (&bias)[Part::kRun]) {
+    constexpr int kChunk = Chunk<T>::kCount, kChunks = Part::kRun / kChunk;
+    Words residual[Part::kRowRuns][kChunks] = {};
+    if (p.residual.data != nullptr) {
+      LAS_MM_UNROLL
+      for (int i = 0; i < Part::kRowRuns; ++i) {
+        LAS_MM_UNROLL
+        for (int c = 0; c < kChunks; ++c) {
+          if (outputs.first[i] < 0) continue;
+          residual[i][c] = p.residual.load16(outputs.first[i] + at + c * kChunk);
+        }
       }
     }
     LAS_MM_UNROLL
-    for (int c = 0; c < Part::kRun; ++c) {
-      if (c >= valid) break;
-      float value = values[c];
-      if (p.residual.data != nullptr) value += to_float(p.residual.load(at + c));
-      p.out.store(at + c, from_float<T>(p.relu ? relu(value) : value));
+    for (int i = 0; i < Part::kRowRuns; ++i) {
+      if (outputs.first[i] < 0) continue;
+      LAS_MM_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        float values[kChunk];
+        LAS_MM_UNROLL
+        for (int k = 0; k < kChunk; ++k) {
+          const float value = part.value(i, run, c * kChunk + k) + bias[c * kChunk + k] +
+                              Chunk<T>::get(residual[i][c], k);
+          values[k] = p.relu ? relu(value) : value;
+        }
+        p.out.store16(outputs.first[i] + at + c * kChunk, Chunk<T>::pack(values));
+      }
     }
   }
 
@@ -333,13 +389,15 @@ struct SparseGemm {
     }
     const auto fill_next = [&](int step) {
       if (step < step_count) {
-        if (next.channel == 0) find_positions(p, next, rows);
+        if (next.channel == 0) find_positions(p, place, next, rows);
         fill(p, place, next, rows, step % Tile::kStages);
         advance(p, place, next);
       }
       commit_copies();  // also an empty group, so that counting them stays simple
     };
     for (int i = 0; i < Tile::kStages - 1; ++i) fill_next(i);
+    const Outputs outputs = find_outputs(p, place);
+    prefetch(p, place, outputs);
     Part part;
     part.clear();
     float score = 0.f;
@@ -357,7 +415,8 @@ struct SparseGemm {
     if constexpr (Tile::kScores) {
       if (place.panel == 0) write_scores(p, place, score);
     }
-    write(p, place, part);
+    part.exchange();
+    write(p, place, part, outputs);
   }
 
   LAS_MM_DEVICE static void run(const Params& p) {
