@@ -94,7 +94,8 @@ struct TensorPart {
   // longer need.
   static constexpr int kChunks = kRuns * kRun / 4;
   static_assert(kSplits == 1 ||
-                kSplits * kWarpRuns * kChunks * Tile::kGroupThreads * 16 <= Tile::kSharedBytes);
+                kSplits * kWarpRuns * kChunks * Tile::kGroupThreads * 16 <=
+                                      Tile::kStages * Tile::kStageBytes);
   LAS_MM_DEVICE static int exchanged(int from, int row, int chunk) {
     return (((from * kWarpRuns + row) * kChunks + chunk) * Tile::kGroupThreads +
             thread_index() % Tile::kGroupThreads) *

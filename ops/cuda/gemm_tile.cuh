@@ -99,7 +99,8 @@ struct Tile {
   static constexpr int kInputBytes = kRows * kRowStride * 4;
   static constexpr int kPanelBytes = kStepWords * kPanelStride * 4;
   static constexpr int kStageBytes = kInputBytes + kPanels * kPanelBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kRowBytes = kRows * 16;  // where the rows are, after the stages
+  static constexpr int kSharedBytes = kStages * kStageBytes + kRowBytes;
 };
 
 // The same tile of a product whose images have different channels.

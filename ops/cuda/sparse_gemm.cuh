@@ -76,10 +76,9 @@ struct SparseGemm {
     int source = 0, tap = 0, channel = 0;
   };
 
-  // The rows whose inputs a thread copies: image, y and x of each, or image < 0.
+  // Of the rows whose inputs a thread copies: where the source's values through the current tap
+  // begin, in the group; -1 in the padding.
   struct Rows {
-    int image[kRowPasses], y[kRowPasses], x[kRowPasses];
-    // Of the source's values through the current tap, in the group; -1 in the padding.
     int64_t first[kRowPasses];
   };
 
@@ -88,19 +87,20 @@ struct SparseGemm {
     return p.list.data == nullptr ? row : p.list.load(row);
   }
 
-  LAS_MM_DEVICE static void find_rows(const Params& p, const Place& place, Rows& rows) {
-    LAS_MM_UNROLL
-    for (int i = 0; i < kRowPasses; ++i) {
-      const int row = thread_index() / kRowChunks + i * (kThreads / kRowChunks);
-      rows.image[i] = -1;
-      rows.y[i] = rows.x[i] = 0;
+  // Image, y and x of each row, or image < 0: in shared memory, as registers are scarce.
+  static constexpr int kRowsAt = Tile::kStages * Tile::kStageBytes;
+  LAS_MM_DEVICE static void find_rows(const Params& p, const Place& place) {
+    for (int row = thread_index(); row < Tile::kRows; row += kThreads) {
+      uint32_t image = ~0u, y = 0, x = 0;
       if (row < place.rows) {
         const int position = position_of(p, place, place.first_row + row);
-        rows.x[i] = position % p.width;
-        rows.y[i] = position / p.width % p.height;
-        rows.image[i] = position / p.width / p.height;
+        x = static_cast<uint32_t>(position % p.width);
+        y = static_cast<uint32_t>(position / p.width % p.height);
+        image = static_cast<uint32_t>(position / p.width / p.height);
       }
+      shared_store(kRowsAt + row * 16, Words{{image, y, x, 0}});
     }
+    sync_block();  // the rows are there
   }
 
   LAS_MM_DEVICE static void find_positions(const Params& p, const Place& place, const Step& step,
@@ -112,10 +112,13 @@ struct SparseGemm {
     const int right = s.taps == 1 ? 0 : (step.tap % 3 - 1) * s.dilation;
     LAS_MM_UNROLL
     for (int i = 0; i < kRowPasses; ++i) {
-      const int y = rows.y[i] * s.stride + down, x = rows.x[i] * s.stride + right;
-      const bool inside =
-          rows.image[i] >= 0 && y >= 0 && y < s.height && x >= 0 && x < s.width;
-      const int64_t position = (rows.image[i] * s.height + y) * s.width + x;
+      const int row = thread_index() / kRowChunks + i * (kThreads / kRowChunks);
+      const Words at = shared_load<Words>(kRowsAt + row * 16);
+      const int image = static_cast<int>(at.w[0]);
+      const int y = static_cast<int>(at.w[1]) * s.stride + down;
+      const int x = static_cast<int>(at.w[2]) * s.stride + right;
+      const bool inside = image >= 0 && y >= 0 && y < s.height && x >= 0 && x < s.width;
+      const int64_t position = (image * s.height + y) * s.width + x;
       rows.first[i] = inside ? position * s.channels + first_channel : -1;
     }
   }
@@ -259,21 +262,25 @@ struct SparseGemm {
     }
   }
 
-  // Where the thread's rows of the outputs begin, or -1 beyond the last one.
+  // Where the thread's rows of the outputs are, or -1 beyond the last one.
   struct Outputs {
-    int64_t first[Part::kRowRuns];
+    int position[Part::kRowRuns];
+
+    // Of the outputs' values, from column `at` of the tile on.
+    LAS_MM_DEVICE int64_t first(const Params& p, const Place& place, int i, int at) const {
+      const int channels = Tile::kSelected ? p.selection.row : p.groups * p.columns;
+      return static_cast<int64_t>(position[i]) * channels + first_output(p, place) +
+             place.panel * kPanel + at;
+    }
   };
   LAS_MM_DEVICE static Outputs find_outputs(const Params& p, const Place& place) {
-    const int channels = Tile::kSelected ? p.selection.row : p.groups * p.columns;
-    const int channel = first_output(p, place) + place.panel * kPanel;
     Outputs outputs;
     LAS_MM_UNROLL
     for (int i = 0; i < Part::kRowRuns; ++i) {
       const int row = Part::row(i);
-      outputs.first[i] = -1;
+      outputs.position[i] = -1;
       if (row >= place.rows) continue;
-      outputs.first[i] =
-          static_cast<int64_t>(position_of(p, place, place.first_row + row)) * channels + channel;
+      outputs.position[i] = position_of(p, place, place.first_row + row);
     }
     return outputs;
   }
@@ -293,8 +300,8 @@ struct SparseGemm {
       LAS_MM_UNROLL
       for (int run = 0; run < Part::kRuns; ++run) {
         const int at = Part::column(run);
-        if (outputs.first[i] >= 0 && valid_columns(p, place, at) > 0) {
-          p.residual.prefetch(outputs.first[i] + at);
+        if (outputs.position[i] >= 0 && valid_columns(p, place, at) > 0) {
+          p.residual.prefetch(outputs.first(p, place, i, at));
         }
       }
     }
@@ -318,18 +325,18 @@ struct SparseGemm {
       }
       if constexpr (Part::kRun % Chunk<T>::kCount == 0) {
         if (p.vectors && valid == Part::kRun) {
-          write_vectors(p, part, outputs, run, at, bias);
+          write_vectors(p, place, part, outputs, run, at, bias);
           continue;
         }
       }
       LAS_MM_UNROLL
       for (int i = 0; i < Part::kRowRuns; ++i) {
-        if (outputs.first[i] < 0) continue;
+        if (outputs.position[i] < 0) continue;
         LAS_MM_UNROLL
         for (int c = 0; c < Part::kRun; ++c) {
           if (c >= valid) break;
           float value = part.value(i, run, c) + bias[c];
-          const int64_t to = outputs.first[i] + at + c;
+          const int64_t to = outputs.first(p, place, i, at + c);
           if (p.residual.data != nullptr) value += to_float(p.residual.load(to));
           p.out.store(to, from_float<T>(p.relu ? relu(value) : value));
         }
@@ -339,7 +346,7 @@ struct SparseGemm {
 
   // A run of all rows. Residuals are all asked for before the first is used: as they may be what
   // is written, the compiler cannot move a load before a store.
-  LAS_MM_DEVICE static void write_vectors(const Params& p, const Part& part,
+  LAS_MM_DEVICE static void write_vectors(const Params& p, const Place& place, const Part& part,
                                           const Outputs& outputs, int run, int at,
                                           const float (&bias)[Part::kRun]) {
     constexpr int kChunk = Chunk<T>::kCount, kChunks = Part::kRun / kChunk;
@@ -349,14 +356,14 @@ struct SparseGemm {
       for (int i = 0; i < Part::kRowRuns; ++i) {
         LAS_MM_UNROLL
         for (int c = 0; c < kChunks; ++c) {
-          if (outputs.first[i] < 0) continue;
-          residual[i][c] = p.residual.load16(outputs.first[i] + at + c * kChunk);
+          if (outputs.position[i] < 0) continue;
+          residual[i][c] = p.residual.load16(outputs.first(p, place, i, at + c * kChunk));
         }
       }
     }
     LAS_MM_UNROLL
     for (int i = 0; i < Part::kRowRuns; ++i) {
-      if (outputs.first[i] < 0) continue;
+      if (outputs.position[i] < 0) continue;
       LAS_MM_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         float values[kChunk];
@@ -366,7 +373,7 @@ struct SparseGemm {
                               Chunk<T>::get(residual[i][c], k);
           values[k] = p.relu ? relu(value) : value;
         }
-        p.out.store16(outputs.first[i] + at + c * kChunk, Chunk<T>::pack(values));
+        p.out.store16(outputs.first(p, place, i, at + c * kChunk), Chunk<T>::pack(values));
       }
     }
   }
@@ -381,8 +388,8 @@ struct SparseGemm {
   }
 
   LAS_MM_DEVICE static void compute(const Params& p, const Place& place, int step_count) {
+    find_rows(p, place);
     Rows rows;
-    find_rows(p, place, rows);
     Step next;
     if constexpr (Tile::kSelected) {
       if (depth_of(p.sources[0], place) == 0) next.source = 1;
