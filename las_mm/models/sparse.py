@@ -8,7 +8,7 @@ does the work ahead of the first image. Nothing of the training form changes: pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -287,26 +287,23 @@ class FastBottleneck:
         biases = [block.checked(self.biases[0], x), *self.biases[1:]]
         mask = None
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
-        rate = rate_dilated = self.one
+        traced = compat.is_compiling() or compat.is_exporting()
+        known: Activation | Callable[[], Activation] = Activation(self.one, self.one, self.one)
         if self.masker is not None:
             masker, weight, bias = self.masker
-            mask, rates = ops.spatial_mask(
-                x,
-                weight,
-                bias,
-                masker.offset,
-                granularity,
-                self.strides,
-                self.dilation,
-            )
-            rate, rate_dilated = rates.unbind()
+            arguments = (weight, bias, masker.offset, granularity, self.strides, self.dilation)
+            if x.is_cuda and not traced:
+                mask = torch.ops.las_mm.patch_mask(x, *arguments)
+                geometry = (tuple(x.shape[2:]), granularity, self.strides, self.dilation)
+                known = partial(_spatial_activation, mask, *geometry, self.one)
+            else:
+                mask, rates = ops.spatial_mask(x, *arguments)
+                known = Activation(*rates.unbind(), self.one, mask)
         winograd = self.winograd if choice.winograd else None
         if self.masker_channel is not None:
-            return self._skip_channels(
-                block, x, mask, rate, rate_dilated, biases, winograd, in_place
-            )
+            return self._skip_channels(block, x, mask, known, biases, winograd, in_place)
         if not compat.is_exporting():
-            block.activation = Activation(rate, rate_dilated, self.one, mask)
+            block.activation = known
         cost, above = choice.winograd_cost, choice.dense_above
         dense = self.dense if above < 1 else None
         if in_place and len(self.weights) == 3:
@@ -346,8 +343,7 @@ class FastBottleneck:
         block: nn.Module,
         x: Tensor,
         mask: Tensor | None,
-        rate: Tensor,
-        rate_dilated: Tensor,
+        known: Activation | Callable[[], Activation],
         biases: list[Tensor],
         winograd: Tensor | None,
         in_place: bool,
@@ -361,7 +357,8 @@ class FastBottleneck:
         if not compat.is_exporting():
             record = partial(
                 _channel_activation,
-                Activation(rate, rate_dilated, self.one, mask, groups),
+                known,
+                groups,
                 tuple(x.shape[2:]),
                 block.granularity,
                 self.strides,
@@ -382,8 +379,25 @@ class FastBottleneck:
         return ops.channel_bottleneck(x, *tensors, shortcut, *geometry, cost, self.excitation)
 
 
+def _spatial_activation(
+    mask: Tensor,
+    input_hw: tuple[int, int],
+    granularity: int,
+    strides: Sequence[int],
+    dilation: int,
+    one: Tensor,
+) -> Activation:
+    """What ``ops.spatial_mask`` would have counted, for those who ask."""
+    size = [-(-n // strides[0]) for n in input_hw]
+    _, counts = ops.dilate_mask(mask, granularity, size, strides[1], dilation)
+    areas = counts.new_tensor([math.prod(-(-n // strides[1]) for n in size), math.prod(size)])
+    rates = (counts.sum(dim=0) / (areas * max(len(mask), 1))).float()
+    return Activation(*rates.unbind(), one, mask)
+
+
 def _channel_activation(
-    known: Activation,
+    known: Activation | Callable[[], Activation],
+    groups_mask: Tensor,
     input_hw: tuple[int, int],
     granularity: int,
     strides: Sequence[int],
@@ -395,9 +409,9 @@ def _channel_activation(
 
     Rates are means over the images; the shares of work need those of each.
     """
-    mask = known.mask
-    assert known.mask_channel is not None
-    decisions = known.mask_channel.float()
+    if callable(known):
+        known = known()
+    mask, decisions = known.mask, groups_mask.float()
     images = len(decisions)
     rates, dilated = known.rate.expand(images), known.rate_dilated.expand(images)
     if mask is not None and images > 1:

@@ -20,6 +20,7 @@
 #define LAS_MM_DEVICE __device__ __forceinline__
 #define LAS_MM_UNROLL _Pragma("unroll")
 #define LAS_MM_UNROLL_TWICE _Pragma("unroll 2")
+#define LAS_MM_UNROLL_FOUR _Pragma("unroll 4")
 #define LAS_MM_NO_UNROLL _Pragma("unroll 1")
 
 namespace las_mm::cuda {

@@ -39,6 +39,7 @@ REFERENCES = {
     "conv1x1_scatter_add_": convolution._conv1x1_scatter_add_reference,
     "conv_pool_stem": maps._conv_pool_stem_reference,
     "spatial_mask": masks._spatial_mask_reference,
+    "patch_mask": lambda *arguments: masks._spatial_mask_reference(*arguments)[0],
     "pack_conv": packing._pack_conv_reference,
 }
 

@@ -36,6 +36,7 @@
 #define LAS_MM_DEVICE inline
 #define LAS_MM_UNROLL
 #define LAS_MM_UNROLL_TWICE
+#define LAS_MM_UNROLL_FOUR
 #define LAS_MM_NO_UNROLL
 
 namespace las_mm::cuda {
