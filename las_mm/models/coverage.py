@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -112,7 +113,24 @@ def obstacle(x: Tensor) -> str | None:
         return "torch.func or forward-mode differentiation is at work"
     if isinstance(x, FakeTensor):
         return "fake tensors have no contents"
+    if x.is_cuda and x.dtype in _TENSOR_CORES:
+        least, capability = _TENSOR_CORES[x.dtype], _capability(x.device.index)
+        if capability < least:
+            return (
+                f"las_mm multiplies {str(x.dtype).removeprefix('torch.')} on tensor cores from "
+                f"compute capability {least[0]}.{least[1]} on, and this GPU has "
+                f"{capability[0]}.{capability[1]}"
+            )
     return None
+
+
+# Below, las_mm's kernels run on plain float32 arithmetic, which loses against a dense network.
+_TENSOR_CORES = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def check_class(module: nn.Module, what: str) -> None:

@@ -117,7 +117,7 @@ Source<T> pointwise(const Global<const T>& data, const Global<const T>& weight, 
   return {data, weight, height, width, channels, channels, 1, stride, 1};
 }
 
-// Patches of more positions get a block of eight warps, and features are scored before.
+// Patches of more positions get a block of eight warps.
 inline bool is_large(int side) { return static_cast<int64_t>(side) * side > 2048; }
 
 template <typename T>
@@ -163,7 +163,9 @@ void spatial_mask(Device& device, const MaskGeometry& g, const Masker<T>& masker
   Global<int32_t> counts;
   if (rates.data != nullptr) counts = device.template allocate<int32_t>(2, "counts");
   const Decisions<T> to = decisions_of(g, masker, height, width, side, mask, counts);
-  if (is_large(side)) {
+  // More would take a block too long: then all of the GPU scores the positions before.
+  constexpr int64_t kMostChunks = 16384;
+  if (int64_t{side} * side * ceil_div(channels, Chunk<T>::kCount) > kMostChunks) {
     const int64_t positions = static_cast<int64_t>(g.images) * height * width;
     const Global<float> scores = device.template allocate<float>(positions, "scores");
     device.template launch<ScorePositions<T>>(ceil_div(positions, ScorePositions<T>::kWarps),

@@ -65,7 +65,14 @@ struct Decisions {
   int images, rows, columns;
   int offset_images;  // 1 or `images`
 
-  LAS_MM_DEVICE int64_t patches() const { return static_cast<int64_t>(images) * rows * columns; }
+  LAS_MM_DEVICE int patches() const { return images * rows * columns; }
+
+  // What is added to the mean of a patch.
+  LAS_MM_DEVICE float shift(int patch) const {
+    const float difference = to_float(bias.load(0)) - to_float(bias.load(1));
+    if (offset.data == nullptr) return difference;
+    return difference + offset.load(offset_images == 1 ? patch % (rows * columns) : patch);
+  }
 };
 
 // A patch of the input.
@@ -74,21 +81,24 @@ struct Patch {
   int64_t first;  // position
 
   template <typename T>
-  LAS_MM_DEVICE Patch(const Decisions<T>& p, int64_t patch) {
-    const int column = static_cast<int>(patch % p.columns);
-    const int row = static_cast<int>(patch / p.columns % p.rows);
-    const int64_t image = patch / p.columns / p.rows;
+  LAS_MM_DEVICE Patch(const Decisions<T>& p, int patch) {
+    const int line = patch / p.columns, column = patch - line * p.columns;
+    const int64_t image = line / p.rows;
+    const int row = line % p.rows;
     const int top = row * p.side, left = column * p.side;
     tall = p.height - top < p.side ? p.height - top : p.side;
     wide = p.width - left < p.side ? p.width - left : p.side;
     first = (image * p.height + top) * p.width + left;
   }
+
+  // From the first position to the `k`th.
+  LAS_MM_DEVICE int offset(int width, int k) const { return k / wide * width + k % wide; }
 };
 
 // mask[patch] = mean of the patch's scores + bias + offset >= 0, where each thread of the block has
-// a part of the sum. The sum has a fixed order.
+// a part of the sum, which has a fixed order. `shift` was fetched before the scores by the first.
 template <int kWarps, typename T>
-LAS_MM_DEVICE void decide_patch(const Decisions<T>& p, int64_t index, const Patch& patch,
+LAS_MM_DEVICE void decide_patch(const Decisions<T>& p, int index, const Patch& patch, float shift,
                                 float sum) {
   LAS_MM_UNROLL
   for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
@@ -101,12 +111,8 @@ LAS_MM_DEVICE void decide_patch(const Decisions<T>& p, int64_t index, const Patc
     sync_block();  // the next patch's sums come to the same place
   }
   if (thread_index() == 0) {
-    float keep = sum / (static_cast<float>(patch.tall) * static_cast<float>(patch.wide)) +
-                 (to_float(p.bias.load(0)) - to_float(p.bias.load(1)));
-    if (p.offset.data != nullptr) {
-      const int64_t grid = static_cast<int64_t>(p.rows) * p.columns;
-      keep += p.offset.load(p.offset_images == 1 ? index % grid : index);
-    }
+    const float keep =
+        sum / (static_cast<float>(patch.tall) * static_cast<float>(patch.wide)) + shift;
     p.mask.store(index, keep >= 0.f ? 1 : 0);  // NaN drops
   }
 }
@@ -128,14 +134,15 @@ struct DecidePatches {
     if (block_index() == 0 && thread_index() < 2 && p.to.counts.data != nullptr) {
       p.to.counts.store(thread_index(), 0);
     }
-    for (int64_t i = block_index(); i < p.to.patches(); i += block_count()) {
+    const int step = static_cast<int>(block_count());
+    for (int i = static_cast<int>(block_index()); i < p.to.patches(); i += step) {
       const Patch patch(p.to, i);
+      const float shift = thread_index() == 0 ? p.to.shift(i) : 0.f;
       float sum = 0.f;
-      for (int64_t k = thread_index(); k < static_cast<int64_t>(patch.tall) * patch.wide;
-           k += kThreads) {
-        sum += p.scores.load(patch.first + k / patch.wide * p.to.width + k % patch.wide);
+      for (int k = thread_index(); k < patch.tall * patch.wide; k += kThreads) {
+        sum += p.scores.load(patch.first + patch.offset(p.to.width, k));
       }
-      decide_patch<kWarps>(p.to, i, patch, sum);
+      decide_patch<kWarps>(p.to, i, patch, shift, sum);
     }
   }
 };
@@ -165,42 +172,41 @@ struct ScorePatches {
     int across = 1;  // threads side by side
     while (across < chunks && across < kThreads) across *= 2;
     const int first = thread_index() / across;
-    for (int64_t i = block_index(); i < p.to.patches(); i += block_count()) {
+    const int step = static_cast<int>(block_count());
+    for (int i = static_cast<int>(block_index()); i < p.to.patches(); i += step) {
       const Patch patch(p.to, i);
+      const float shift = thread_index() == 0 ? p.to.shift(i) : 0.f;
       float sum = 0.f;
       for (int chunk = thread_index() % across; chunk < chunks; chunk += across) {
         sum += score(p, patch, chunk * kChunk, first, kThreads / across);
       }
-      decide_patch<kWarps>(p.to, i, patch, sum);
+      decide_patch<kWarps>(p.to, i, patch, shift, sum);
     }
   }
 
   // Of one chunk of channels, every `step`th position.
   LAS_MM_DEVICE static float score(const Params& p, const Patch& patch, int channel, int first,
                                    int step) {
-    float weight[kChunk];
-    LAS_MM_UNROLL
-    for (int k = 0; k < kChunk; ++k) {
-      weight[k] = channel + k < p.channels
-                      ? to_float(p.weight.load(channel + k)) -
-                            to_float(p.weight.load(p.channels + channel + k))
-                      : 0.f;
-    }
-    float sum = 0.f;
     const int positions = patch.tall * patch.wide;
-    LAS_MM_UNROLL_FOUR
-    for (int k = first; k < positions; k += step) {
-      const int64_t position = patch.first + k / patch.wide * p.to.width + k % patch.wide;
-      const int64_t at = position * p.channels + channel;
-      if (p.vectors) {
-        const Words x = p.x.load16(at);
-        LAS_MM_UNROLL
-        for (int c = 0; c < kChunk; ++c) sum += Chunk<T>::get(x, c) * weight[c];
-      } else {
+    float sum = 0.f;
+    if (p.vectors) {
+      const Words keep = p.weight.load16(channel), drop = p.weight.load16(p.channels + channel);
+      LAS_MM_UNROLL_FOUR
+      for (int k = first; k < positions; k += step) {
+        const int64_t position = patch.first + patch.offset(p.to.width, k);
+        const Words x = p.x.load16(position * p.channels + channel);
         LAS_MM_UNROLL
         for (int c = 0; c < kChunk; ++c) {
-          if (channel + c < p.channels) sum += to_float(p.x.load(at + c)) * weight[c];
+          sum += Chunk<T>::get(x, c) * (Chunk<T>::get(keep, c) - Chunk<T>::get(drop, c));
         }
+      }
+      return sum;
+    }
+    for (int k = first; k < positions; k += step) {
+      const int64_t position = patch.first + patch.offset(p.to.width, k);
+      for (int c = channel; c < p.channels && c < channel + kChunk; ++c) {
+        sum += to_float(p.x.load(position * p.channels + c)) *
+               (to_float(p.weight.load(c)) - to_float(p.weight.load(p.channels + c)));
       }
     }
     return sum;

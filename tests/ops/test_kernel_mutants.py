@@ -196,8 +196,8 @@ MUTANTS = [
         "ScorePatches",
         "channels beyond the last",
         SCORES,
-        "if (channel + c < p.channels) sum +=",
-        "sum +=",
+        "c < p.channels && c < channel + kChunk",
+        "c < channel + kChunk",
         MASK,
         "",
     ),
@@ -205,8 +205,8 @@ MUTANTS = [
         "ScorePatches",
         "lines of a patch side by side",
         SCORES,
-        "k / patch.wide * p.to.width + k % patch.wide;\n      const int64_t at",
-        "k;\n      const int64_t at",
+        "return k / wide * width + k % wide;",
+        "return k;",
         MASK,
         "",
     ),
@@ -371,7 +371,7 @@ MUTANTS = [
 
 def check_layer_masks(machine):
     """Patches large enough for eight warps, more of them than blocks."""
-    block = cases.Block(8, (50, 47), (8, 8, 8), sparse.ops.LAYER, dtype=machine.dtype)
+    block = cases.Block(4, (50, 47), (160, 8, 8), sparse.ops.LAYER, dtype=machine.dtype)
     masker = sparse.make_masker(block, "none")
     mask, rates = machine("spatial_mask", block.x, *masker, block.granularity, (1, 1), 1)
     sparse.check_decisions(block.x, block, masker, mask, rates)
