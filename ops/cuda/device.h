@@ -107,7 +107,7 @@ class Device {
     if (gpu.capability >= 90) {
       cudaLaunchAttribute early{};
       early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      early.val.programmaticStreamSerializationAllowed = std::getenv("LAS_MM_NO_PDL") ? 0 : 1;
+      early.val.programmaticStreamSerializationAllowed = 1;
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(count);
       config.blockDim = dim3(Kernel::kThreads);

@@ -88,7 +88,7 @@ struct Tile {
   static constexpr int kStepWords = kDeep ? 32 : 16;             // depth of a step, in words
   static constexpr int kStep = kTensorCores ? kStepWords * kPair : kStepWords;  // in channels
   // Groups of warps that each multiply a share of a step's depth.
-  static constexpr int kSplits = kDeep && kPanels == 1 ? 256 / kRows : 1;
+  static constexpr int kSplits = kDeep && kRows == 64 ? 2 : 1;
   static constexpr int kGroupThreads =
       kTensorCores ? kRows / kWarpRows * (kColumns / kWarpColumns) * 32 : kRows * kColumns / 32;
   static constexpr int kThreads = kSplits * kGroupThreads;

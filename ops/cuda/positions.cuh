@@ -165,9 +165,8 @@ struct ListPositions {
       if (w < warp) before += count;
       all += count;
     }
-    const int totals[2] = {all & 0xffff, all >> 16};
     if (thread_index() < 2) {
-      const int total = totals[thread_index()];
+      const int total = thread_index() == 0 ? all & 0xffff : all >> 16;
       const int which = thread_index() == 0 ? first.count : second.count;
       shared_store((kWarps + thread_index()) * 4,
                    total > 0 ? p.counts.atomic_add(which, total) : 0);

@@ -33,8 +33,7 @@ struct SparseGemm {
   static constexpr int kRowPasses = Tile::kRows * kRowChunks / kThreads;
   static constexpr int kWordRows = Tile::kConvert ? Tile::kStepWords / 2 : Tile::kStepWords;
   static constexpr int kPanelChunks = kWordRows * (kPanel / 4);
-  static constexpr int kWeightChunks = Tile::kPanels * kPanelChunks;
-  static constexpr int kWeightPasses = (kWeightChunks + kThreads - 1) / kThreads;
+  static constexpr int kWeightPasses = (kPanelChunks + kThreads - 1) / kThreads;  // of a panel
   static_assert(Tile::kRows * kRowChunks % kThreads == 0, "threads must share the rows evenly");
 
   // The part of the product that a block works on.
@@ -79,17 +78,17 @@ struct SparseGemm {
   // What fill() needs of the current source and tap, in registers: a kernel's parameters under a
   // computed index come slowly, and everything waits for them.
   struct Now {
-    Global<const T> data, weight;
-    int depth, word_depth;  // of one group
-    int panel_words;        // of a panel of all taps
-    int first_word;         // of the tile's first panel
-    int channels, first_channel;  // of all groups; of this one
+    Global<const T> data;    // from the group's first channel on
+    Global<const T> weight;  // from the tile's first panel on
+    int depth, word_depth;   // of one group
+    int panel_words;         // of a panel of all taps
+    int channels;            // of all groups
     // Of the rows whose inputs a thread copies, in the source through the current tap; -1 in the
     // padding.
     int position[kRowPasses];
 
     LAS_MM_DEVICE int64_t at(int i, int k) const {
-      return static_cast<int64_t>(position[i]) * channels + (first_channel + k);
+      return static_cast<int64_t>(position[i]) * channels + k;
     }
   };
 
@@ -123,8 +122,9 @@ struct SparseGemm {
     now.weight = s.weight;
     now.depth = depth_of(s, place);
     now.channels = s.channels;
-    now.first_channel = place.group * s.depth;
-    if constexpr (Tile::kSelected) now.first_channel = s.selected ? place.first : 0;
+    int first_channel = place.group * s.depth;
+    if constexpr (Tile::kSelected) first_channel = s.selected ? place.first : 0;
+    now.data.data += first_channel;
     now.word_depth = (now.depth + Tile::kPair - 1) / Tile::kPair;
     int group = place.group;
     if constexpr (Tile::kSelected) {
@@ -134,7 +134,8 @@ struct SparseGemm {
     // In words: groups, then panels, taps, depth, columns.
     const int words = s.taps * now.word_depth;
     now.panel_words = kPanel * words;
-    now.first_word = group * padded_columns(p, place) * words + place.panel * now.panel_words;
+    now.weight.data +=
+        (group * padded_columns(p, place) * words + place.panel * now.panel_words) * Tile::kPair;
   }
 
   LAS_MM_DEVICE static void find_positions(const Params& p, const Place& place, const Step& step,
@@ -165,19 +166,21 @@ struct SparseGemm {
     fill_inputs(p, step, now, base);
     const int padded = padded_columns(p, place);
     LAS_MM_UNROLL
-    for (int i = 0; i < kWeightPasses; ++i) {
-      const int index = thread_index() + i * kThreads;
-      if (kWeightChunks % kThreads != 0 && index >= kWeightChunks) break;
-      const int panel = index / kPanelChunks, rest = index % kPanelChunks;
-      const int word_row = rest / (kPanel / 4), column = rest % (kPanel / 4) * 4;
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
       const int left = padded - (place.panel + panel) * kPanel;
       const int width = left < kPanel ? left : kPanel;
-      const int k = step.channel / Tile::kPair + word_row;
-      const bool valid = column < width && k < now.word_depth;
-      const int word = now.first_word + panel * now.panel_words +
-                       (step.tap * now.word_depth + k) * width + column;
-      fill_weight(now.weight, word * Tile::kPair, valid, word_row, column,
-                  base + Tile::kInputBytes + panel * Tile::kPanelBytes);
+      LAS_MM_UNROLL
+      for (int i = 0; i < kWeightPasses; ++i) {
+        const int index = thread_index() + i * kThreads;
+        if (kPanelChunks % kThreads != 0 && index >= kPanelChunks) break;
+        const int word_row = index / (kPanel / 4), column = index % (kPanel / 4) * 4;
+        const int k = step.channel / Tile::kPair + word_row;
+        const bool valid = column < width && k < now.word_depth;
+        const int word =
+            panel * now.panel_words + (step.tap * now.word_depth + k) * width + column;
+        fill_weight(now.weight, word * Tile::kPair, valid, word_row, column,
+                    base + Tile::kInputBytes + panel * Tile::kPanelBytes);
+      }
     }
   }
 
