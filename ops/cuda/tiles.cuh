@@ -90,7 +90,7 @@ void with_tensor_tile(TileShape shape, const Use& use) {
     // The scores' registers would not fit beside a large tile's; conv1 is narrow anyway.
     use(Tile<T, 128, 1, 32, 64, true, kScores, kDeep>{});
   } else {
-    use(Tile<T, 128, 2, kDeep ? 64 : 32, 64, true, false, kDeep>{});
+    use(Tile<T, 128, 2, 64, 64, true, false, kDeep>{});
   }
 }
 

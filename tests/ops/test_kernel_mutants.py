@@ -93,12 +93,12 @@ MUTANTS = [
     ),
     Mutant(
         "SparseGemm",
-        "a row written one past the tile's last",
+        "a row written to the next position",
         GEMM,
-        "if (row >= place.rows) continue;",
-        "if (row > place.rows) continue;",
+        "return Part::row(i) < place.rows ? first : -1;",
+        "return Part::row(i) < place.rows ? first + channels : -1;",
         BOTTLENECK,
-        "uninitialised|out of bounds",
+        "",
     ),
     Mutant(
         "SparseGemm",
@@ -131,8 +131,8 @@ MUTANTS = [
         "SparseGemm",
         "weights read beyond the last panel's width",
         GEMM,
-        "const bool valid = column < width && k < word_depth;",
-        "const bool valid = k < word_depth;",
+        "const bool valid = column < width && k < now.word_depth;",
+        "const bool valid = k < now.word_depth;",
         BOTTLENECK,
         "",
     ),
@@ -140,7 +140,7 @@ MUTANTS = [
         "SparseGemm",
         "weights read beyond the depth",
         GEMM,
-        "const bool valid = column < width && k < word_depth;",
+        "const bool valid = column < width && k < now.word_depth;",
         "const bool valid = column < width;",
         BOTTLENECK,
         "",
@@ -151,6 +151,33 @@ MUTANTS = [
         GEMM,
         "left < Part::kRun ? left : Part::kRun",
         "Part::kRun",
+        BOTTLENECK,
+        "",
+    ),
+    Mutant(
+        "SparseGemm (exchange)",
+        "no barrier before the stages are overwritten",
+        PRODUCT,
+        "sync_block();  // no one reads the stages",
+        "// no one reads the stages",
+        BOTTLENECK,
+        "race in shared memory",
+    ),
+    Mutant(
+        "SparseGemm (exchange)",
+        "no barrier before the sums are read",
+        PRODUCT,
+        "sync_block();  // all sums are there",
+        "// all sums are there",
+        BOTTLENECK,
+        "race in shared memory|uninitialised shared memory",
+    ),
+    Mutant(
+        "SparseGemm (exchange)",
+        "sums of the first group of warps only",
+        PRODUCT,
+        "for (int from = 0; from < kSplits; ++from) {",
+        "for (int from = 0; from < 1; ++from) {",
         BOTTLENECK,
         "",
     ),
@@ -370,9 +397,12 @@ MUTANTS = [
 
 
 def check_layer_masks(machine):
-    """Patches large enough for eight warps, more of them than blocks."""
+    """Patches large enough for eight warps, more of them than blocks; close decisions."""
     block = cases.Block(4, (50, 47), (160, 8, 8), sparse.ops.LAYER, dtype=machine.dtype)
-    masker = sparse.make_masker(block, "none")
+    weight, bias, _ = sparse.make_masker(block, "none")
+    keep, scale = sparse.scores(block.x, weight, bias, None, block.granularity, (1, 1))
+    signs = torch.tensor([1, -1, 1, -1]).view(-1, 1, 1, 1)
+    masker = (weight, bias, (1e-2 * signs * scale - keep).float())
     mask, rates = machine("spatial_mask", block.x, *masker, block.granularity, (1, 1), 1)
     sparse.check_decisions(block.x, block, masker, mask, rates)
 
