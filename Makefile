@@ -96,6 +96,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: lint
 	$(PYTEST) $(FAST)
@@ -122,7 +123,7 @@ stack-tests: $(DONE)/copy
 # Tests' tools in the newest versions for that Python and numpy.
 $(DONE)/test-tools: requirements/dev.txt requirements/demo.txt | $(DONE)/mm
 	@echo "== [5/6] test tools"
-	$(BIN)/pip install --quiet -r $(STACK_FILE) -r <(sed -n '/^\(mypy\|pre-commit\|ruff\|types-\)/!s/==.*//p' $^)
+	$(BIN)/pip install --quiet -r $(STACK_FILE) -r <(sed -n '/^\(import-linter\|mypy\|pre-commit\|ruff\|types-\)/!s/==.*//p' $^)
 	@touch $@
 
 stack-copy: | $(DONE)/test-tools
@@ -170,7 +171,7 @@ demo: setup $(DEMO)/epoch_20.pth
 
 benchmark: setup
 	$(BIN)/pip install --quiet -r requirements/benchmark.txt
-	PYTHON=$(BIN)/python tools/benchmark_all.sh work_dirs/benchmark
+	PYTHON=$(BIN)/python dev/benchmark_all.sh work_dirs/benchmark
 
 clean:
 	rm -rf build $(DEMO) data/demo_coco

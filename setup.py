@@ -145,6 +145,7 @@ def main():
             "Topic :: Scientific/Engineering :: Image Recognition",
         ],
         packages=find_packages(include=["las_mm", "las_mm.*"]),
+        entry_points={"console_scripts": ["las_mm = las_mm.cli:main"]},
         package_data={"las_mm": ["latency/devices/*.yaml"]},
         # torch and OpenMMLab's packages exist in several builds under several names, so they are
         # the user's choice: requirements/stacks lists what was tested, las_mm checks the imports.

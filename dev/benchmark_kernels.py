@@ -265,8 +265,9 @@ if __name__ == "__main__":
     import torch
     import torch.nn.functional as F
 
+    from las_mm import drawn_masks as masks
     from las_mm import ops
-    from las_mm.benchmark import cuda_engines, masks
+    from las_mm.benchmark import cuda_engines
     from las_mm.benchmark.subject import DTYPES
     from las_mm.fileio import write_atomically
 

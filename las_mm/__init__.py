@@ -4,16 +4,25 @@ Importing the package registers ``las_mm.*`` with mmengine's registries, which m
 does by itself as soon as a config says ``type='las_mm.LASResNet'``.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
-from las_mm.registry import HOOKS, MODELS
 from las_mm.version import __version__
+
+# The command tells what it can do without torch, and imports what the rest needs when it needs it.
+if not sys.argv or Path(sys.argv[0]).stem not in ("las_mm", "-m"):
+    from las_mm.registry import HOOKS, MODELS
 
 _BACKBONES = ["LASRegNet", "LASResNet"]
 __all__ = ["HOOKS", "MODELS", "__version__", "explain", "prepare", *_BACKBONES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("HOOKS", "MODELS"):
+        from las_mm import registry
+
+        return getattr(registry, name)
     # These need mmpretrain, which a project that only reads device files may lack.
     if name == "explain":
         from las_mm.explanation import explain

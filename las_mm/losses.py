@@ -167,7 +167,7 @@ class BudgetLoss(nn.Module):
                 f"BudgetLoss: the target {self.target} is out of reach: on {table.device.name} at "
                 f"{height} x {width}, batch {table.batch_size}, the predicted latency ratio goes "
                 f"from {least:.3f} (nothing computed) to {most:.3f} (everything); "
-                f"tools/search_granularity.py finds granularities that gain more",
+                "`las_mm search` finds granularities that gain more",
                 logger="current",
                 level=logging.WARNING,
             )

@@ -1,74 +1,38 @@
 """Checks before any work starts: what can be wrong is said in one sentence.
 
-The tools call these; each raises :class:`UserError` with a message that names the wrong value and
-the way out.
+Training and testing call these; each raises :class:`UserError` with a message that names the wrong
+value and the way out.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import os
-import os.path as osp
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from las_mm.checkpoints import CheckpointError, NeedsTrust, check_file, read_checkpoint
+from las_mm.checkpoints import check_checkpoint as check_checkpoint
+from las_mm.checkpoints import is_remote
+from las_mm.checkpoints import load_checkpoint as load_checkpoint
+from las_mm.checkpoints import state_dict as state_dict
+from las_mm.configs import build_model as build_model
+from las_mm.configs import hook_name as hook_name
+from las_mm.configs import load_config as load_config
+from las_mm.configs import reset_scope as reset_scope
 from las_mm.datasets import check_classes as check_classes
 from las_mm.datasets import check_data as check_data
-from las_mm.dependencies import MissingDependencyError
-from las_mm.errors import UserError
-from las_mm.registry import HOOKS, MODELS
+from las_mm.errors import UserError, last_line
+from las_mm.registry import HOOKS
 
 # Seconds after which unreachable weights are given up.
 DOWNLOAD_TIMEOUT = 30.0
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line."""
-
-    def error(self, message: str) -> None:
-        sys.exit(f"{self.prog}: error: {message}")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def load_config(path: str, options: dict | None = None) -> Config:
-    """Read a config file and apply ``--cfg-options``.
-
-    Raises:
-        UserError: The file is missing or cannot be parsed, or an option does not fit it.
-    """
-    if not osp.isfile(path):
-        what = "is a folder; name a file in it" if osp.isdir(path) else "does not exist"
-        raise UserError(f"config file {path} {what}")
-    try:
-        cfg = Config.fromfile(path)
-    except Exception as error:  # a config is a program: anything may come out of it
-        raise UserError(
-            f"config {path} cannot be read: {type(error).__name__}: {_last_line(error)}"
-        ) from error
-    try:
-        cfg.merge_from_dict(options or {})
-    except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"--cfg-options do not fit {path}: {_last_line(error)}") from error
-    return cfg
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path
 
 
 def check_visualizer(cfg: Config) -> None:
@@ -84,37 +48,6 @@ def check_visualizer(cfg: Config) -> None:
             "the config logs to TensorBoard, which is not installed: `pip install tensorboard`, "
             "or set vis_backends to [dict(type='LocalVisBackend')]"
         )
-
-
-def build_model(cfg: Config) -> nn.Module:
-    """Build the config's model, without loading weights.
-
-    Raises:
-        UserError: A wrong mode, granularity, depth, ...; the message is the model's own.
-    """
-    init_default_scope(cfg.get("default_scope") or "mmengine")
-    # The registry wraps errors in "class `X` in file: ...": the innermost message is the one.
-    try:
-        return MODELS.build(cfg.model)
-    except (ValueError, KeyError, TypeError, AssertionError, MissingDependencyError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise UserError(f"the config's model cannot be built: {_last_line(cause)}") from error
-
-
-def hook_name(hook: dict) -> str:
-    """The registered name of a hook's config, whose type may be given as a class.
-
-    Raises:
-        UserError: It has no type.
-    """
-    kind = hook.get("type") if isinstance(hook, dict) else None
-    if kind is None:
-        raise UserError(f"custom_hooks of the config: {hook!r} needs type='las_mm....'")
-    if isinstance(kind, str):
-        return kind
-    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
 def check_hooks(cfg: Config, model: nn.Module) -> None:
@@ -137,7 +70,7 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
             elif hasattr(built, "check"):
                 built.check(model)
         except (ValueError, TypeError, KeyError, OSError) as error:
-            raise UserError(f"custom_hooks of the config, {name}: {_last_line(error)}") from error
+            raise UserError(f"custom_hooks of the config, {name}: {last_line(error)}") from error
 
 
 def check_pretrained(cfg: Config, model: nn.Module) -> None:
@@ -159,7 +92,7 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
                 model.static_weights()
         except Exception as error:  # network, file, zip, pickle: the reason is in the message
             raise UserError(
-                f"static weights {static} cannot be used ({_last_line(error)}); {way_out}"
+                f"static weights {static} cannot be used ({last_line(error)}); {way_out}"
             ) from error
     for part, entry in split(cfg.model.get("backbone", {}).get("init_cfg"))[1]:
         if part:
@@ -167,14 +100,14 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
         source = entry["checkpoint"]
         try:
             with _download_timeout():
-                if _is_remote(source):
+                if is_remote(source):
                     checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
                 else:
                     checkpoint = load_checkpoint(source)
             weights = state_dict(checkpoint, source)
         except Exception as error:  # network, file, zip, pickle: the reason is in the message
             raise UserError(
-                f"initial weights {source} cannot be loaded ({_last_line(error)}); {way_out}"
+                f"initial weights {source} cannot be loaded ({last_line(error)}); {way_out}"
             ) from error
         _check_position(checkpoint, model.backbone, source)
         prefix = entry.get("prefix") or ""
@@ -234,81 +167,6 @@ def _download_timeout() -> Iterator[None]:
         socket.setdefaulttimeout(timeout)
 
 
-def state_dict(checkpoint: object, source: str) -> dict[str, torch.Tensor]:
-    """The weights inside a checkpoint, without a DDP prefix.
-
-    Raises:
-        UserError: It holds none.
-    """
-    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not any(torch.is_tensor(v) for v in weights.values()):
-        raise UserError(f"{source} is no checkpoint: it holds no state_dict of tensors")
-    return {
-        key[len("module.") :] if key.startswith("module.") else key: value
-        for key, value in weights.items()
-    }
-
-
-def load_checkpoint(path: str, trust: bool = False) -> dict:
-    """Read a local checkpoint as data, not as a program.
-
-    Args:
-        path: The file.
-        trust: Also accept arbitrary pickled objects.
-
-    Raises:
-        UserError: The file is missing, damaged or needs trust.
-    """
-    try:
-        if not trust:
-            return read_checkpoint(path)
-        check_file(path)
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except NeedsTrust as error:
-        raise UserError(f"{error}; if you trust its origin, add --trust-checkpoint") from error
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    except Exception as error:  # a pickle is a program: anything may come out of it
-        raise UserError(f"checkpoint {path} is damaged: {_last_line(error)}") from error
-
-
-def check_checkpoint(model: nn.Module, path: str, trust: bool = False, strict: bool = True) -> dict:
-    """The checkpoint belongs to this model.
-
-    Args:
-        model: The built model.
-        path: A local file; URLs are left to mmengine.
-        trust: See :func:`load_checkpoint`.
-        strict: Every weight of the model must be there; otherwise (initial weights) at least one.
-
-    Returns:
-        The checkpoint; empty for a URL.
-
-    Raises:
-        UserError: Keys are missing or shapes differ; the message counts them and names one.
-    """
-    if _is_remote(path):
-        return {}
-    checkpoint = load_checkpoint(path, trust)
-    weights = state_dict(checkpoint, path)
-    own = model.state_dict()
-    missing = [key for key in own if key not in weights]
-    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    if shapes:
-        key = shapes[0]
-        raise UserError(
-            f"checkpoint {path} is of another architecture: {len(shapes)} of {len(own)} weights "
-            f"have another shape, e.g. {key} {tuple(weights[key].shape)} instead of "
-            f"{tuple(own[key].shape)}; use the config it was trained with"
-        )
-    if len(missing) == len(own) or (strict and missing):
-        raise UserError(
-            f"checkpoint {path} is of another architecture: {len(missing)} of {len(own)} weights "
-            f"are missing, e.g. {missing[0]}; use the config it was trained with"
-        )
-    return checkpoint
-
-
 def check_resume(cfg: Config, model: nn.Module, trust: bool = False) -> bool:
     """The checkpoint that training continues or starts from is readable and fits the model.
 
@@ -353,8 +211,3 @@ def prepare_device(cfg: Config) -> None:
             broadcast_buffers=False,
             find_unused_parameters=cfg.get("find_unused_parameters", False),
         )
-
-
-def reset_scope() -> None:
-    """Forget the default scope of a preflight build, so that the runner sets its own."""
-    DefaultScope._instance_dict.clear()

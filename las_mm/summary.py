@@ -13,17 +13,26 @@ from rich.table import Table
 from las_mm.latency import Prediction
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import count_macs, flops_report
+from las_mm.network.operator import DILATED, LAYER
+
+_DILATED = "dilated_rate"
 
 
 @dataclass
 class StageTotals:
-    """Sums over images of one stage: weights of the means printed at the end."""
+    """Sums over images of one stage: weights of the means printed at the end.
 
-    label: str = ""
-    n_blocks: int = 0
-    positional: int = 0  # blocks that may leave out positions
-    channelwise: int = 0  # blocks that may leave out channels
-    sums: np.ndarray = field(default_factory=lambda: np.zeros(len(DatasetSummary.COLUMNS)))
+    Attributes:
+        label: What its blocks skip.
+        n_blocks: Its blocks.
+        deciding: By axis, how many of them decide about it.
+        sums: Of the summary's columns, times images.
+    """
+
+    label: str
+    n_blocks: int
+    deciding: dict[str, int] = field(default_factory=dict)
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class DatasetSummary:
@@ -32,19 +41,12 @@ class DatasetSummary:
     Ratios are ratios of sums over all images, so images of different size count by their cost.
     """
 
-    COLUMNS = (
-        "rate",
-        "rate_dilated",
-        "macs",
-        "static_macs",
-        "seconds",
-        "static_seconds",
-        "rate_channel",
-    )
+    COLUMNS = ("macs", "static_macs", "seconds", "static_seconds")  # rates follow, one per name
 
     def __init__(self) -> None:
         self.images: float = 0
         self.stages: dict[str, StageTotals] = {}
+        self._rates: dict[str, tuple[str, ...]] = {}  # of the network's axes, by name
 
     def add(
         self,
@@ -65,37 +67,34 @@ class DatasetSummary:
         """
         counts = count_macs(activation.shape)
         report = flops_report(activation.detach())
-        block_macs = report.block_ratios.cpu().numpy() * counts.static_blocks
-        rates = activation.rates.detach().cpu().numpy()
-        dilated = activation.rates_dilated.detach().cpu().numpy()
-        channel = activation.rates_channel.detach().cpu().numpy()
-        stem = [1.0, 1.0, counts.stem, counts.stem, stem_s, stem_s, 1.0]
+        static_macs = counts.static_blocks
+        block_macs = report.block_ratios.cpu().numpy() * static_macs
+        named = activation.named_rates()
+        self._rates = {"activation_rate": named.pop("activation_rate"), _DILATED: (DILATED, LAYER)}
+        self._rates.update(named)
+        rates = {
+            name: activation.rate(*axes).detach().cpu().numpy()
+            for name, axes in self._rates.items()
+        }
+        stem = [counts.stem, counts.stem, stem_s, stem_s, *[1.0] * len(rates)]
         self._add("stem", StageTotals("static", 1), np.array(stem), images)
-        for stage in sorted({block.stage for block in activation.shape.blocks}):
-            index = [i for i, block in enumerate(activation.shape.blocks) if block.stage == stage]
-            blocks = [activation.shape.blocks[i] for i in index]
-            labels = dict.fromkeys(block.label for block in blocks)
-            sums = [
-                rates[index].mean(),
-                dilated[index].mean(),
-                block_macs[index].sum(),
-                counts.static_blocks[index].sum(),
-                prediction.block_s[index].sum(),
-                static_block_s[index].sum(),
-                channel[index].mean(),
-            ]
-            totals = StageTotals(
-                ", ".join(labels),
-                len(index),
-                positional=sum(block.decides_positions for block in blocks),
-                channelwise=sum(block.has_channels for block in blocks),
-            )
+        for stage, blocks in sorted(activation.shape.stages().items()):
+            index = [i for i, b in enumerate(activation.shape.blocks) if b.stage == stage]
+            sums = [values[index].sum() for values in (block_macs, static_macs)]
+            sums += [values[index].sum() for values in (prediction.block_s, static_block_s)]
+            sums += [values[index].mean() for values in rates.values()]
+            deciding = {
+                name: sum(bool(set(axes) & set(block.axes)) for block in blocks)
+                for name, axes in self._rates.items()
+            }
+            label = ", ".join(dict.fromkeys(block.label for block in blocks))
+            totals = StageTotals(label, len(index), deciding)
             self._add(f"stage {stage}", totals, np.array(sums), images)
         self.images += images
 
     def _add(self, name: str, empty: StageTotals, values: np.ndarray, images: float) -> None:
         totals = self.stages.setdefault(name, empty)
-        totals.sums = totals.sums + values * images
+        totals.sums = (totals.sums if totals.sums.size else 0.0) + values * images
 
     def reduce(self) -> None:
         """Add up the sums of all processes; every process must have seen an image."""
@@ -106,42 +105,40 @@ class DatasetSummary:
         dist.all_reduce(tensor, op="sum")
         packed = tensor.numpy()
         self.images = packed[0]
-        for totals, sums in zip(self.stages.values(), packed[1:].reshape(-1, len(self.COLUMNS))):
+        rows = packed[1:].reshape(len(self.stages), -1)
+        for totals, sums in zip(self.stages.values(), rows):
             totals.sums = sums
 
     def metrics(self) -> dict[str, float]:
         """Means over the images: rates, FLOPs ratio, predicted latency in milliseconds.
 
-        The overall rates are of the blocks that may leave out positions, or channels; there are
-        channel rates only where blocks do.
+        The overall rates are of the blocks that decide about them; there are rates of other axes
+        than positions only where blocks do.
         """
         sums = np.sum([totals.sums for totals in self.stages.values()], axis=0)
-        metrics = {
-            "flops_ratio": sums[2] / sums[3],
-            "activation_rate": self._mean_rate(0, [t.positional for t in self.stages.values()]),
-            "latency_ms": 1e3 * sums[4] / self.images,
-            "static_latency_ms": 1e3 * sums[5] / self.images,
-            "latency_ratio": sums[4] / sums[5],
-        }
-        for name, totals in self.stages.items():
-            if name != "stem":
-                key = f"activation_rate_{name.replace(' ', '')}"
-                metrics[key] = totals.sums[0] / self.images
-        if self.has_channels:
-            blocks = [t.channelwise for t in self.stages.values()]
-            metrics["channel_rate"] = self._mean_rate(6, blocks)
-            for name, totals in self.stages.items():
-                if totals.channelwise:
-                    metrics[f"channel_rate_{name.replace(' ', '')}"] = totals.sums[6] / self.images
+        metrics = {"flops_ratio": sums[0] / sums[1]}
+        columns = self._columns()
+        for name, column in columns.items():
+            if name == _DILATED:
+                continue
+            metrics[name] = self._mean_rate(name, column)
+            for stage, totals in self.stages.items():
+                shown = name == "activation_rate" or totals.deciding.get(name)
+                if stage != "stem" and shown:
+                    key = f"{name}_{stage.replace(' ', '')}"
+                    metrics[key] = totals.sums[column] / self.images
+        metrics["latency_ms"] = 1e3 * sums[2] / self.images
+        metrics["static_latency_ms"] = 1e3 * sums[3] / self.images
+        metrics["latency_ratio"] = sums[2] / sums[3]
         return {key: float(value) for key, value in metrics.items()}
 
-    @property
-    def has_channels(self) -> bool:
-        """Whether any block may leave out channels."""
-        return any(totals.channelwise for totals in self.stages.values())
+    def _columns(self) -> dict[str, int]:
+        """Where the mean of each rate stands in a stage's sums."""
+        return {name: len(self.COLUMNS) + i for i, name in enumerate(self._rates)}
 
-    def _mean_rate(self, column: int, blocks: list[int]) -> float:
-        """Mean over ``blocks`` of each stage; the others of a stage are known to have rate 1."""
+    def _mean_rate(self, name: str, column: int) -> float:
+        """Mean over the deciding blocks; the others of a stage are known to have rate 1."""
+        blocks = [totals.deciding.get(name, 0) for totals in self.stages.values()]
         if not sum(blocks):
             return 1.0
         total = 0.0
@@ -156,32 +153,30 @@ class DatasetSummary:
         table = Table(title=title)
         for column in ("", "blocks", "mode"):
             table.add_column(column)
-        channels = ("channels",) if self.has_channels else ()
-        columns = ("GMACs", "FLOPs ratio", "ms", "static ms", "ratio")
-        for column in ("rate", "conv1 rate", *channels, *columns):
+        names = {"activation_rate": "rate", _DILATED: "conv1 rate"}
+        rates = [names.get(n, n.removesuffix("_rate").replace("_", " ") + "s") for n in self._rates]
+        for column in (*rates, "GMACs", "FLOPs ratio", "ms", "static ms", "ratio"):
             table.add_column(column, justify="right")
 
         def row(name: str, blocks: str, label: str, sums: np.ndarray, with_rates: bool) -> None:
-            mean = sums / self.images
-            shown = mean[[0, 1, 6]] if channels else mean[:2]
-            rates = [f"{rate:.3f}" if with_rates else "" for rate in shown]
+            macs, static_macs, seconds, static_s, *shares = sums / self.images
             table.add_row(
                 name,
                 blocks,
                 label,
-                *rates,
-                f"{mean[2] / 1e9:.3f}",
-                f"{mean[2] / mean[3]:.3f}",
-                f"{mean[4] * 1e3:.3f}",
-                f"{mean[5] * 1e3:.3f}",
-                f"{mean[4] / mean[5]:.3f}" if mean[5] else "",  # the stem, where it is left out
+                *(f"{share:.3f}" if with_rates else "" for share in shares),
+                f"{macs / 1e9:.3f}",
+                f"{macs / static_macs:.3f}",
+                f"{seconds * 1e3:.3f}",
+                f"{static_s * 1e3:.3f}",
+                f"{seconds / static_s:.3f}" if static_s else "",  # the stem, where it is left out
             )
 
         for name, totals in self.stages.items():
             row(name, str(totals.n_blocks), totals.label, totals.sums, name != "stem")
         table.add_section()
         row("backbone", "", "", np.sum([t.sums for t in self.stages.values()], axis=0), False)
-        console = Console(width=140 if channels else 120, force_terminal=False)
+        console = Console(width=120 + 20 * (len(rates) - 2), force_terminal=False)
         with console.capture() as capture:
             console.print(table)
         return capture.get()

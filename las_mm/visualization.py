@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,9 +9,10 @@ import numpy as np
 
 from las_mm.dependencies import MissingDependencyError
 from las_mm.fileio import write_atomically
-from las_mm.models.activation import NetworkActivation, rate_products, work_shares
+from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import flops_report
-from las_mm.models.maskers import dilate_mask, expand_channels, expand_mask
+from las_mm.models.rates import image_activation
+from las_mm.network.operator import CHANNEL, POSITION
 from las_mm.painting import draw_box, paint_predictions
 
 COLORMAP = "viridis"
@@ -65,72 +65,26 @@ def computed_share(
     total = np.zeros((height, width), np.float32)
     count = 0
     stride = int(np.prod([layer.stride for layer in shape.stem]))
-    channel_masks = activation.masks_channel or (None,) * len(shape.blocks)
-    for block, mask, channels in zip(shape.blocks, activation.masks, channel_masks):
+    for block, decisions in zip(shape.blocks, activation.decisions):
         stride *= block.stride
-        if (mask is None and channels is None) or stage not in (None, block.stage):
+        if not decisions or stage not in (None, block.stage):
             continue
-        batch = len(channels if mask is None else mask)
+        batch = len(next(iter(decisions.values())))
         if not 0 <= image_index < batch:
             raise IndexError(
                 f"image_index must be from 0 to {batch - 1} for this batch, got {image_index}"
             )
-        share = 1.0 if channels is None else channels[image_index].float().mean().item()
-        if mask is None:
+        own = {axis: made[image_index].detach().float() for axis, made in decisions.items()}
+        coarse = own.pop(POSITION, None)
+        share = np.float32(np.prod([made.mean().item() for made in own.values()]))
+        if coarse is None:
             total += share
         else:
-            coarse = mask[image_index, 0].detach().float().cpu().numpy() * np.float32(share)
-            if block.mode == "layer":
-                total += coarse.item()
-            else:
-                patch = block.granularity * stride
-                total += coarse.repeat(patch, axis=0).repeat(patch, axis=1)[:height, :width]
+            patch = block.granularity * stride
+            fine = coarse[0].cpu().numpy().repeat(patch, axis=0).repeat(patch, axis=1)
+            total += share * fine[:height, :width]
         count += 1
     return total / np.float32(count) if count else np.ones_like(total)
-
-
-def image_activation(activation: NetworkActivation, image_index: int) -> NetworkActivation:
-    """The record of one image of a batch, its rates counted again from its masks.
-
-    A block without a mask keeps the batch's figures.
-
-    Args:
-        activation: What the network did, of a batch.
-        image_index: Image of the batch, from 0.
-    """
-    rates, dilated = activation.rates.clone(), activation.rates_dilated.clone()
-    channel = activation.rates_channel.clone()
-    masks, channel_masks = list(activation.masks), list(activation.masks_channel)
-    for i, mask in enumerate(channel_masks):
-        if mask is not None:
-            channel_masks[i] = mask[image_index : image_index + 1]
-            channel[i] = channel_masks[i].float().mean()
-    for i, (block, mask) in enumerate(zip(activation.shape.blocks, masks)):
-        if mask is None:
-            continue
-        masks[i] = own = mask[image_index : image_index + 1]
-        rates[i] = dilated[i] = own.float().mean()
-        if block.mode != "layer":
-            dense = expand_mask(own.float(), block.granularity, (block.h_out, block.w_out))
-            rates[i] = dense.mean()
-            conv1_hw = (block.h_mid, block.w_mid)
-            dilated[i] = dilate_mask(dense, conv1_hw, block.conv2_stride, block.dilation).mean()
-    shares = rate_products(rates, dilated, channel)
-    for i, mask in enumerate(channel_masks):
-        if mask is not None:
-            block = activation.shape.blocks[i]
-            channels = expand_channels(mask.float(), block.channel_granularity).flatten(1)
-            own_rates = rates[i : i + 1], dilated[i : i + 1]
-            shares[:, i] = work_shares(*own_rates, channels, block.groups)
-    return replace(
-        activation,
-        rates=rates,
-        rates_dilated=dilated,
-        rates_channel=channel,
-        masks=tuple(masks),
-        masks_channel=tuple(channel_masks),
-        shares=shares,
-    )
 
 
 def unpad(
@@ -204,14 +158,13 @@ def draw_masks(
     require_matplotlib()
     own = image_activation(activation.detach(), image_index)
     metainfo = getattr(data_sample, "metainfo", {})
-    stages = own.stage_rates()
+    shape, stages = own.shape, own.stage_rates()
     sheet = _Sheet(image, own, metainfo, columns=len(stages))
     ratio = flops_report(own).ratio.item()
     figures = f"backbone FLOPs {ratio:.0%} of static"
-    if own.channelwise:
-        figures = f"channel rate {own.mean_rate_channel.item():.0%}   {figures}"
-    if own.positional or not own.channelwise:
-        figures = f"activation rate {own.mean_rate.item():.0%}   {figures}"
+    for name, axes in reversed(own.named_rates().items()):
+        if shape.having(*axes) or (name == "activation_rate" and not shape.having()):
+            figures = f"{name.replace('_', ' ')} {own.mean_of(*axes).item():.0%}   {figures}"
     sheet.heading(f"{title}   {figures}" if title else figures)
 
     painted, text, instances = paint_predictions(image, data_sample, dataset_meta or {}, score_thr)
@@ -219,7 +172,7 @@ def draw_masks(
     for box, label, color in instances:
         draw_box(axis, box, label, color, sheet.window)
     what = "share of the dynamic blocks that computed here"
-    if own.channelwise:
+    if shape.having(CHANNEL):
         what = "share of the dynamic blocks' channels that computed here"
     sheet.heat_map(sheet.place(1, 1), what, None)
     sheet.color_bar()
@@ -342,11 +295,9 @@ def _stage_label(activation: NetworkActivation, stage: int) -> str:
 
 def _stage_figures(activation: NetworkActivation, stage: int) -> str:
     """Its rates: "45%", "channels 45%", "45%, channels 50%"."""
-    blocks = activation.shape.stages()[stage]
-    channels = any(block.has_channels for block in blocks)
-    figures = []
-    if any(block.decides_positions for block in blocks) or not channels:
-        figures.append(f"{activation.stage_rates()[stage].item():.0%}")
-    if channels:
-        figures.append(f"channels {activation.stage_rates_channel()[stage].item():.0%}")
-    return ", ".join(figures)
+    blocks, figures = activation.shape.stages()[stage], []
+    for name, axes in activation.named_rates().items():
+        if any(set(axes) & set(block.axes) for block in blocks):
+            what = "" if name == "activation_rate" else f"{axes[0]}s "
+            figures.append(f"{what}{activation.stage_rates(*axes)[stage].item():.0%}")
+    return ", ".join(figures or ["100%"])

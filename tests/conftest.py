@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 
 import needs
 
@@ -38,10 +40,28 @@ def load_tool(name: str):
     return module
 
 
+@pytest.fixture
+def refused(capsys):
+    """``refused(program, *arguments)``: the line with which it ends on a user's error."""
+
+    def call(program: Callable, *arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            program(*arguments)
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        (line,) = (line for line in said.splitlines() if ": error: " in line)
+        assert said.endswith(f"{line}\n") and "Traceback" not in said
+        return line
+
+    return call
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_by_other_files() -> None:
-    """No scope, as in a new process: files run in any order."""
-    DefaultScope._instance_dict.clear()
+    """No scope and no visualizer, as in a new process: files run in any order."""
+    for kind in (DefaultScope, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")

@@ -287,7 +287,7 @@ def test_trains_and_infers_in_full_size(name, no_measuring):
 
 
 def config_table():
-    spec = importlib.util.spec_from_file_location("config_table", ROOT / "tools/config_table.py")
+    spec = importlib.util.spec_from_file_location("config_table", ROOT / "dev/config_table.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from las_mm.latency import BlockShape, block_report
+from las_mm.latency import BottleneckShape, block_report
 from las_mm.models import released
 from las_mm.registry import MODELS
 
@@ -45,7 +45,7 @@ def models() -> list:
 @pytest.mark.parametrize("row", simulator_rows())
 def test_simulator(row: dict) -> None:
     mode = row["mode"]
-    block = BlockShape(
+    block = BottleneckShape(
         name="golden",
         stage=row["stage"],
         mode=mode,

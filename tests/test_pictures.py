@@ -14,6 +14,7 @@ from PIL import Image
 
 from conftest import load_tool
 from las_mm import preflight
+from las_mm.cli import masks as drawing
 from las_mm.hooks import masks as masks_module
 from las_mm.pictures import UnreadableImage, check_whole, loaders, read_image, to_rgb
 
@@ -120,6 +121,9 @@ def test_what_is_no_image(name, readers, broken):
 # ---- tools/visualize_masks.py
 
 
+visualize = load_tool("visualize_masks").main
+
+
 @pytest.fixture(scope="module")
 def config(tiny_config, tmp_path_factory):
     pytest.importorskip("mmdet")
@@ -127,7 +131,6 @@ def config(tiny_config, tmp_path_factory):
 
 
 def test_the_tool_draws_every_kind(config, folder, tmp_path, monkeypatch, rgb):
-    tool = load_tool("visualize_masks")
     shown, shapes = {}, {}
 
     def draw(image, activation, data_sample, title, **_):
@@ -135,8 +138,8 @@ def test_the_tool_draws_every_kind(config, folder, tmp_path, monkeypatch, rgb):
         shapes[title] = data_sample.ori_shape
         return image
 
-    monkeypatch.setattr(tool, "draw_masks", draw)
-    assert tool.main([str(config), str(folder), "--out-dir", str(tmp_path)]) == 0
+    monkeypatch.setattr(drawing, "draw_masks", draw)
+    visualize([str(config), str(folder), "--out-dir", str(tmp_path)])
     assert len(shown) == len(KINDS) == len(list(tmp_path.iterdir()))
     for name in KINDS:
         stem = name.rpartition(".")[0]
@@ -148,28 +151,24 @@ def test_the_tool_draws_every_kind(config, folder, tmp_path, monkeypatch, rgb):
 
 def test_the_tool_follows_the_configs_loader(config, folder, tmp_path, monkeypatch):
     """A loader that leaves rotated images lying; a store that holds other files."""
-    tool = load_tool("visualize_masks")
     shown = []
-    monkeypatch.setattr(tool, "draw_masks", lambda image, *_, **__: shown.append(image) or image)
+    monkeypatch.setattr(drawing, "draw_masks", lambda image, *_, **__: shown.append(image) or image)
     first = "test_dataloader.dataset.pipeline.0"
     options = [f"{first}.color_type=color_ignore_orientation", f"{first}.backend_args.backend=gone"]
     arguments = [str(config), str(folder / "rotated.jpg"), "--out-dir", str(tmp_path)]
-    assert tool.main([*arguments, "--cfg-options", *options]) == 0
+    visualize([*arguments, "--cfg-options", *options])
     assert shown[0].shape == (HEIGHT, WIDTH, 3)
 
 
 @pytest.mark.parametrize("name", ["long.jpg", "short.png", "empty.png", "text.png"])
-def test_the_tool_says_what_it_cannot_read(name, config, broken, tmp_path, capsys):
-    tool = load_tool("visualize_masks")
-    assert tool.main([str(config), str(broken / name), "--out-dir", str(tmp_path)]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(errors) == 1 and f"{broken / name} is " in errors[0]
+def test_the_tool_says_what_it_cannot_read(name, config, broken, tmp_path, refused):
+    arguments = [str(config), str(broken / name), "--out-dir", str(tmp_path)]
+    assert f"{broken / name} is " in refused(visualize, arguments)
 
 
-def test_the_tool_names_the_backbones(config, folder, tmp_path, capsys):
-    tool = load_tool("visualize_masks")
-    assert tool.main([str(config), str(folder), "--module", "teacher"]) == 2
-    assert "module='teacher' names no dynamic backbone" in capsys.readouterr().err
+def test_the_tool_names_the_backbones(config, folder, refused):
+    arguments = [str(config), str(folder), "--module", "teacher"]
+    assert "module='teacher' names no dynamic backbone" in refused(visualize, arguments)
 
 
 # ---- MaskVisualizationHook

@@ -13,6 +13,7 @@ from las_mm.latency import LatencyTable, Prediction, network_report, resnet_shap
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import flops_report
 from las_mm.summary import DatasetSummary
+from records import record as record_of
 
 MODES = ("static", "spatial", "spatial", "layer")
 STAGES = {1: slice(0, 3), 2: slice(3, 7), 3: slice(7, 13), 4: slice(13, 16)}
@@ -26,8 +27,7 @@ def record(seed: int, input_hw=(64, 64), mode=MODES) -> NetworkActivation:
     dynamic = np.array([block.mode != "static" for block in shape.blocks])
     rates = np.where(dynamic, rng.uniform(0.2, 0.7, 16), 1.0)
     dilated = np.where(dynamic, np.minimum(1.0, rates * 1.2), 1.0)
-    tensors = (torch.as_tensor(values, dtype=torch.float64) for values in (rates, dilated))
-    return NetworkActivation(shape, *tensors, torch.ones(16), (None,) * 16)
+    return record_of(shape, torch.as_tensor(rates, dtype=torch.float64), dilated)
 
 
 def add(
@@ -87,7 +87,7 @@ def test_channel_rates():
             for i, block in enumerate(activation.shape.blocks)
         ),
     )
-    activation = replace(activation, shape=shape, rates_channel=channel)
+    activation = record_of(shape, activation.rates, activation.rates_dilated, channel)
     summary = DatasetSummary()
     summary.add(activation, Prediction(1.0, 2.0, np.ones(16)), np.ones(16), 0.0, 3)
     metrics = summary.metrics()

@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         render(args.out.resolve(), parameters)
     except (DemoError, OSError) as error:
-        print(f"make_demo_coco: error: {error}", file=sys.stderr)
+        print(f"make_demo_coco.py: error: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: {args.train} training, {args.val} validation images.")
     return 0

@@ -9,18 +9,20 @@ from __future__ import annotations
 import argparse
 import os
 import os.path as osp
-import sys
 
-from mmengine.config import DictAction
 from mmengine.runner import Runner
 
 from las_mm import preflight
+from las_mm.checkpoints import check_checkpoint
+from las_mm.cli.parser import Parser, add_cfg_options, add_trust
+from las_mm.configs import build_model, hook_name, load_config, reset_scope
+from las_mm.errors import UserError, told
 from las_mm.models.activation import find_dynamic_backbones
 from las_mm.tta import use_tta
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Test a model", allow_abbrev=False)
+    parser = Parser(prog="test.py", description="Test a model")
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--work-dir", help="folder for logs and metrics")
@@ -40,10 +42,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--module", help="the dynamic backbone, where a model has several: e.g. teacher.backbone"
     )
-    parser.add_argument("--trust-checkpoint", action="store_true", help="see train.py")
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, help="see train.py"
-    )
+    add_trust(parser)
+    add_cfg_options(parser)
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
     args = parser.parse_args()
@@ -54,8 +54,8 @@ def parse_args() -> argparse.Namespace:
 def configure(args: argparse.Namespace):
     """The config with the command line applied, checked before any work starts."""
     if args.out is not None and not args.out.endswith((".pkl", ".pickle")):
-        raise preflight.UserError(f"--out must end in .pkl, got {args.out}")
-    cfg = preflight.load_config(args.config, args.cfg_options)
+        raise UserError(f"--out must end in .pkl, got {args.out}")
+    cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     stem = osp.splitext(osp.basename(args.config))[0]
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or osp.join("work_dirs", stem)
@@ -65,13 +65,13 @@ def configure(args: argparse.Namespace):
     preflight.check_visualizer(cfg)
     # The checkpoint replaces all weights: fetching initial ones would be for nothing.
     cfg.model.get("backbone", {}).pop("init_cfg", None)
-    model = preflight.build_model(cfg)
+    model = build_model(cfg)
     preflight.check_classes(cfg, model, ("test_dataloader",))
     hooks = list(cfg.get("custom_hooks") or [])
     if find_dynamic_backbones(model):
         latency = dict(type="las_mm.PredictedLatencyHook")
         for hook in list(hooks):
-            if preflight.hook_name(hook) == latency["type"]:
+            if hook_name(hook) == latency["type"]:
                 hooks.remove(hook)
                 latency = dict(hook)
         if args.device is not None:
@@ -84,12 +84,12 @@ def configure(args: argparse.Namespace):
             masks = dict(type="las_mm.MaskVisualizationHook", out_dir=folder)
             hooks.append({**masks, "module": latency.get("val_module") or latency.get("module")})
     elif args.show_dir is not None:
-        raise preflight.UserError(
+        raise UserError(
             f"--show-dir draws masks, and the model of {args.config} has no dynamic backbone"
         )
     cfg.custom_hooks = hooks
     preflight.check_hooks(cfg, model)
-    preflight.check_checkpoint(model, args.checkpoint, args.trust_checkpoint)
+    check_checkpoint(model, args.checkpoint, args.trust_checkpoint)
     if args.out is not None:
         evaluators = cfg.test_evaluator
         evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
@@ -98,15 +98,13 @@ def configure(args: argparse.Namespace):
     if args.tta:
         use_tta(cfg, model)
     preflight.prepare_device(cfg)
-    preflight.reset_scope()
+    reset_scope()
     return cfg
 
 
 def main() -> None:
-    try:
+    with told("test.py"):
         cfg = configure(parse_args())
-    except preflight.UserError as error:
-        sys.exit(f"test.py: error: {error}")
     Runner.from_cfg(cfg).test()
 
 

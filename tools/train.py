@@ -6,16 +6,17 @@ from __future__ import annotations
 import argparse
 import os
 import os.path as osp
-import sys
 
-from mmengine.config import DictAction
 from mmengine.runner import Runner
 
 from las_mm import preflight
+from las_mm.cli.parser import Parser, add_cfg_options, add_trust
+from las_mm.configs import build_model, load_config, reset_scope
+from las_mm.errors import UserError, told
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a model", allow_abbrev=False)
+    parser = Parser(prog="train.py", description="Train a model")
     parser.add_argument("config", help="config file, e.g. configs/mask_rcnn_lasnet_r101.py")
     parser.add_argument("--work-dir", help="folder for logs and checkpoints")
     parser.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
@@ -30,18 +31,8 @@ def parse_args() -> argparse.Namespace:
         const="auto",
         help="continue from this checkpoint, or without a value from the work folder's last one",
     )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="load a checkpoint that holds more than weights (runs code from the file)",
-    )
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        help="override config entries: key=value, nested keys with dots, lists as key=[a,b]",
-    )
+    add_trust(parser)
+    add_cfg_options(parser)
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
     args = parser.parse_args()
@@ -51,7 +42,7 @@ def parse_args() -> argparse.Namespace:
 
 def configure(args: argparse.Namespace):
     """The config with the command line applied, checked before any work starts."""
-    cfg = preflight.load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     stem = osp.splitext(osp.basename(args.config))[0]
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or osp.join("work_dirs", stem)
@@ -60,7 +51,7 @@ def configure(args: argparse.Namespace):
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
-            raise preflight.UserError(
+            raise UserError(
                 f"--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {args.config}"
             )
         cfg.auto_scale_lr.enable = True
@@ -71,7 +62,7 @@ def configure(args: argparse.Namespace):
     loaders = ("train_dataloader", "val_dataloader")
     preflight.check_data(cfg, loaders)
     preflight.check_visualizer(cfg)
-    model = preflight.build_model(cfg)
+    model = build_model(cfg)
     preflight.check_classes(cfg, model, loaders)
     preflight.check_hooks(cfg, model)
     if preflight.check_resume(cfg, model, args.trust_checkpoint):
@@ -80,15 +71,13 @@ def configure(args: argparse.Namespace):
     else:
         preflight.check_pretrained(cfg, model)
     preflight.prepare_device(cfg)
-    preflight.reset_scope()
+    reset_scope()
     return cfg
 
 
 def main() -> None:
-    try:
+    with told("train.py"):
         cfg = configure(parse_args())
-    except preflight.UserError as error:
-        sys.exit(f"train.py: error: {error}")
     Runner.from_cfg(cfg).train()
 
 

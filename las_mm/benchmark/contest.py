@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from las_mm.errors import UserError
 from las_mm.memory import release_freed
-from las_mm.preflight import UserError
 
 KINDS = ("static", "ours", "reference")
 # Seconds: calls below SHORT are repeated until ENOUGH are timed; PAUSE lets the threads of the

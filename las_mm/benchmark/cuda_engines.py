@@ -26,8 +26,8 @@ from las_mm.benchmark import engines
 from las_mm.benchmark.contest import Contestant
 from las_mm.benchmark.engines import TF32, EngineSet, Skip
 from las_mm.benchmark.subject import DTYPES, Subject
+from las_mm.errors import UserError
 from las_mm.models import sparse
-from las_mm.preflight import UserError
 
 Builder = Callable[[Subject], Contestant]
 

@@ -24,10 +24,10 @@ from las_mm.benchmark.contest import (
     wall_time,
 )
 from las_mm.benchmark.subject import DTYPES, Subject
+from las_mm.errors import UserError
 from las_mm.models.activation import NetworkActivation, collect_activations
 from las_mm.models.flops import flops_report
 from las_mm.models.sparse import masked_dense
-from las_mm.preflight import UserError
 
 # Largest relative error of an output: static engines against eager, las_mm against masked-dense.
 STATIC_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from las_mm.benchmark.contest import Contestant
-from las_mm.preflight import UserError
+from las_mm.errors import UserError
 from las_mm.version import __version__
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg", ".jpg")

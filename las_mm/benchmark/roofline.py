@@ -12,18 +12,31 @@ conv3 at kept outputs, the residual updated in place there, and the dense downsa
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from las_mm import ops
 from las_mm.benchmark.engines import precision_of
 from las_mm.latency.device import load_analytic_device
-from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape, PoolShape
 from las_mm.models.activation import NetworkActivation
-from las_mm.models.flops import block_macs, masker_macs, stem_macs
+from las_mm.models.rates import image_rates
+from las_mm.network.block import BlockShape, NetworkShape
+from las_mm.network.operator import (
+    DILATED,
+    LAYER,
+    POSITION,
+    Add,
+    Conv,
+    GlobalPool,
+    Linear,
+    Masker,
+    Operator,
+    Pool,
+    Scale,
+)
 
 BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a feature or weight by how a network multiplies; biases are float32 always."""
@@ -162,21 +175,19 @@ def stem_kernels(shape: NetworkShape, batch: int, precision: str) -> list[Kernel
     positions_in = batch * shape.input_hw[0] * shape.input_hw[1]
     for layer in shape.stem:
         positions = batch * layer.h_out * layer.w_out
-        if isinstance(layer, PoolShape):
+        if isinstance(layer, Pool):
             moved = (positions_in + positions) * layer.channels * size
-            kernels.append(Kernel(layer.name, 0, moved, batch * stem_macs(layer)))
+            kernels.append(Kernel(layer.name, 0, moved, batch * layer.macs()))
         else:
             kernels.append(_stem_conv(layer, batch, positions_in, positions, size))
         positions_in = positions
     return kernels
 
 
-def _stem_conv(
-    layer: ConvShape, batch: int, positions_in: int, positions: int, size: int
-) -> Kernel:
+def _stem_conv(layer: Conv, batch: int, positions_in: int, positions: int, size: int) -> Kernel:
     weights = layer.c_out * layer.c_in // layer.groups * layer.kernel**2
     inputs, outputs = positions_in * layer.c_in, positions * layer.c_out
-    macs = batch * stem_macs(layer)
+    macs = batch * layer.macs()
     return _conv(layer.name, 0, size, weights, layer.c_out, inputs, outputs, macs)
 
 
@@ -199,35 +210,42 @@ def block_kernels(
         raise ValueError(
             f"no floor is known for blocks that skip channels, {block.name} is {block.label}"
         )
-    size, stage = BYTES[precision], block.stage
-    if block.mode == "static":
-        rate = halo = 1.0
+    size, stage, kernels = BYTES[precision], block.stage, []
+    rates = {DILATED: halo, POSITION: rate, LAYER: rate}
     pixels = batch * block.h_in * block.w_in
-    hidden = halo * batch * block.h_mid * block.w_mid
-    outputs = batch * block.h_out * block.w_out
-    kept = rate * outputs
     mask = batch * block.n_patches * _DECISION
-    conv1, conv2, conv3, downsample = (batch * macs for macs in block_macs(block))
-    c_in, width, c_out = block.c_in, block.width, block.c_out
-    kernels = []
+    available = float(pixels)  # positions that the operator before has computed
 
-    def add(name: str, *arguments: float, mask: float = 0) -> None:
-        kernels.append(_conv(f"{block.name}.{name}", stage, size, *arguments, mask=mask))
+    def add(op: Operator, read: float, moved: float, flops: float) -> None:
+        gated = mask if op.gates else 0
+        kernels.append(Kernel(f"{block.name}.{op.name}", stage, read + moved + gated, flops))
 
-    if block.mode != "static":
-        moved = (pixels + 2) * c_in * size + 2 * _BIAS + mask
-        macs = batch * masker_macs(block)
-        kernels.append(Kernel(f"{block.name}.masker", stage, moved, 2 * macs))
-    add("conv1", c_in * width, width, hidden * c_in, hidden * width, halo * conv1, mask=mask)
-    weights = 9 * width * width // block.groups
-    add("conv2", weights, width, hidden * width, kept * width, rate * conv2, mask=mask)
-    if block.downsample:
-        if block.downsample_pool:
-            moved = (pixels + outputs) * c_in * size
-            kernels.append(Kernel(f"{block.name}.pool", stage, moved, pixels * c_in))
-        add("downsample", c_in * c_out, c_out, outputs * c_in, outputs * c_out, downsample)
-    read = kept * (width + c_out)  # the residual too
-    add("conv3", width * c_out, c_out, read, kept * c_out, rate * conv3, mask=mask)
+    for op, following in zip(block.operators, (*block.operators[1:], None)):
+        share = math.prod(rates[axis] for axis in op.axes)
+        macs = batch * share * op.macs()
+        if isinstance(op, Masker):
+            moved = (pixels + 2) * op.c_in * size + 2 * _BIAS
+            kernels.append(Kernel(f"{block.name}.masker", stage, moved + mask, 2 * macs))
+        elif isinstance(op, Conv):
+            outputs = share * batch * op.h_out * op.w_out
+            read = (outputs if op.kernel == 1 else available) * op.c_in
+            if isinstance(following, Add):
+                read += outputs * op.c_out  # the residual, added on the way
+            name, parts = f"{block.name}.{op.name}", (read, outputs * op.c_out, macs)
+            weights = op.kernel**2 * op.c_in // op.groups * op.c_out
+            gated = mask if op.gates else 0
+            kernels.append(_conv(name, stage, size, weights, op.c_out, *parts, mask=gated))
+            available = outputs
+        elif isinstance(op, Pool):
+            moved = (pixels + batch * op.h_out * op.w_out) * op.channels * size
+            kernels.append(Kernel(f"{block.name}.{op.name}", stage, moved, pixels * op.channels))
+        elif isinstance(op, (GlobalPool, Scale)):
+            values = share * batch * op.channels * op.h_out * op.w_out
+            add(op, values * size, values * size * isinstance(op, Scale), values)
+        elif isinstance(op, Linear):
+            add(op, op.c_in * op.c_out * _BIAS, batch * (op.c_in + op.c_out) * _BIAS, 2 * macs)
+        elif not isinstance(op, Add):
+            raise ValueError(f"no floor is known for {block.name}.{op.name}, a {type(op).__name__}")
     return kernels
 
 
@@ -248,18 +266,12 @@ def network_kernels(
         halos: Share of conv1's outputs per block.
     """
     if rates is None or halos is None:
-        shape = static(shape)
+        shape = shape.static()
         rates = halos = [1.0] * len(shape.blocks)
     kernels = stem_kernels(shape, batch, precision)
     for block, rate, halo in zip(shape.blocks, rates, halos):
         kernels += block_kernels(block, batch, precision, rate, halo)
     return kernels
-
-
-def static(shape: NetworkShape) -> NetworkShape:
-    """The same network without maskers."""
-    blocks = tuple(replace(block, mode="static", granularity=0) for block in shape.blocks)
-    return replace(shape, blocks=blocks)
 
 
 def mask_shares(
@@ -269,20 +281,14 @@ def mask_shares(
 
     Args:
         shapes: The blocks.
-        masks: As :func:`las_mm.benchmark.masks.draw_masks` returns them.
+        masks: As :func:`las_mm.drawn_masks.draw_masks` returns them.
     """
     rates, halos = [], []
     for block, mask in zip(shapes, masks):
-        if mask is None:
-            rates.append(1.0)
-            halos.append(1.0)
-            continue
-        granularity = block.granularity if block.mode == "spatial" else ops.LAYER
-        size = (block.h_mid, block.w_mid)
-        _, counts = ops.dilate_mask(mask, granularity, size, block.conv2_stride, block.dilation)
-        kept, read = counts.double().mean(dim=0).tolist()
-        rates.append(kept / (block.h_out * block.w_out))
-        halos.append(read / (block.h_mid * block.w_mid))
+        axis = LAYER if LAYER in block.axes else POSITION
+        found = {} if mask is None else image_rates(block, {axis: mask})
+        rates.append(float(found[axis].double().mean()) if found else 1.0)
+        halos.append(float(found.get(DILATED, found[axis]).double().mean()) if found else 1.0)
     return rates, halos
 
 

@@ -13,11 +13,12 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from las_mm import preflight
 from las_mm.benchmark.contest import check_finite, relative_error
+from las_mm.checkpoints import load_weights
+from las_mm.configs import build_model, load_config
+from las_mm.errors import UserError
 from las_mm.models.activation import find_dynamic_backbones
 from las_mm.models.maskers import is_masker
-from las_mm.preflight import UserError
 from las_mm.registry import MODELS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,13 +65,13 @@ def load_candidate(
         checkpoint: A local file; without, the backbone's weights are random.
         mode: Of all stages, instead of the config's.
         granularity: One per stage, instead of the config's.
-        trust: See :func:`las_mm.preflight.load_checkpoint`.
+        trust: See :func:`las_mm.checkpoints.load_checkpoint`.
         seed: Of random weights.
 
     Raises:
         UserError: It cannot be built, has no dynamic backbone, or the checkpoint does not fit.
     """
-    cfg = preflight.load_config(config, options)
+    cfg = load_config(config, options)
     if "model" not in cfg:
         raise UserError(f"{config} has no model: name the config of a detector or classifier")
     init_default_scope(cfg.get("default_scope") or "mmengine")
@@ -86,17 +87,14 @@ def load_candidate(
         backbone_cfg.mode = mode
     if granularity is not None:
         backbone_cfg.granularity = tuple(granularity)
-    model = revert_sync_batchnorm(preflight.build_model(cfg)).eval()
+    model = revert_sync_batchnorm(build_model(cfg)).eval()
     ((path, backbone),) = find_dynamic_backbones(model)
     if not backbone.maskers():
         raise UserError(f"the backbone of {config} is static: use --mode spatial or layer")
     if checkpoint is None:
         randomize(backbone, seed)
     else:
-        content = preflight.check_checkpoint(model, checkpoint, trust)
-        if not content:
-            raise UserError(f"--checkpoint must be a local file, got {checkpoint}")
-        model.load_state_dict(preflight.state_dict(content, checkpoint), strict=False)
+        load_weights(model, checkpoint, trust)
     return Candidate(cfg, backbone_cfg, model, path, backbone)
 
 

@@ -19,10 +19,10 @@ class BudgetHook(Hook):
     A forward hook on the model does it, so the model's class is untouched, and the term is part
     of the wrapped forward: DDP sees it, autocast and gradient accumulation treat it like any
     other loss. Also logged: ``flops_ratio``, ``activation_rate`` (of positions),
-    ``activation_rate_stage1`` ..., where blocks skip channels ``channel_rate`` and
-    ``channel_rate_stage1`` ... (keys without "loss" are not summed), and ``latency_ratio`` where
-    the loss has ``metric='latency'``. mmpretrain's classifiers
-    call their own term ``loss``, which hides the total in the log; it is optimised all the same.
+    ``activation_rate_stage1`` ..., likewise the rates of other axes that blocks decide about, as
+    ``channel_rate`` and ``channel_rate_stage1`` (keys without "loss" are not summed), and
+    ``latency_ratio`` where the loss has ``metric='latency'``. mmpretrain's classifiers call their
+    own term ``loss``, which hides the total in the log; it is optimised all the same.
 
     Args:
         loss: Config of a budget loss, or the loss. Defaults to
@@ -98,20 +98,16 @@ class BudgetHook(Hook):
             require_gradients(backbone)
         activation = backbone.network_activation().reduce_mean()
         flops = flops_report(activation)
-        losses = {
-            "flops_ratio": flops.ratio.detach(),
-            "activation_rate": activation.mean_rate.detach(),
-        }
+        losses = {"flops_ratio": flops.ratio.detach()}
+        for name, axes in activation.named_rates().items():
+            losses[name] = activation.mean_of(*axes).detach()
         if getattr(self.loss, "metric", "flops") == "latency":
             latency = self.loss.latency_report(activation)
             losses["loss_budget"] = self.loss(activation, self._progress, flops, latency)
             losses["latency_ratio"] = latency.ratio.detach()
         else:
             losses["loss_budget"] = self.loss(activation, self._progress, flops)
-        for stage, rate in activation.stage_rates().items():
-            losses[f"activation_rate_stage{stage}"] = rate.detach()
-        if activation.channelwise:
-            losses["channel_rate"] = activation.mean_rate_channel.detach()
-            for stage, rate in activation.stage_rates_channel().items():
-                losses[f"channel_rate_stage{stage}"] = rate.detach()
+        for name, axes in activation.named_rates().items():
+            for stage, rate in activation.stage_rates(*axes).items():
+                losses[f"{name}_stage{stage}"] = rate.detach()
         return losses

@@ -12,6 +12,7 @@ from torch import nn
 from las_mm.hooks.passes import Passes
 from las_mm.latency import LatencyTable, LatencyTables
 from las_mm.models.activation import NetworkActivation, find_dynamic_backbone
+from las_mm.network.operator import DILATED, POSITION
 from las_mm.registry import HOOKS
 from las_mm.summary import DatasetSummary
 
@@ -88,15 +89,13 @@ class PredictedLatencyHook(Hook):
     def predict(self, activation: NetworkActivation):
         """Predicted seconds per image at the recorded rates."""
         # One transfer; straight-through arithmetic may leave a rate a rounding error above 1.
-        rates, dilated, channel = (
-            torch.stack([activation.rates, activation.rates_dilated, activation.rates_channel])
-            .detach()
-            .clamp(0, 1)
-            .cpu()
-            .double()
-            .numpy()
-        )
-        return self.table(activation).predict(rates, None if self.paper else dilated, channel)
+        values = [activation.rate(axis) for axis in activation.shape.axes]
+        stacked = torch.stack(values) if values else activation.shares.new_ones(0)
+        found = stacked.detach().clamp(0, 1).cpu().double().numpy()
+        rates = dict(zip(activation.shape.axes, found))
+        if self.paper and DILATED in rates:
+            rates[DILATED] = rates[POSITION]
+        return self.table(activation).predict_axes(rates)
 
     def check(self, model: nn.Module) -> None:
         """The model has the dynamic backbones that this hook reads.

@@ -1,19 +1,30 @@
 """Predicting latency from a description of the hardware (docs/latency_model.md)."""
 
-from .calibrated import CalibratedDevice
+from las_mm.network.architectures import regnet_shape, resnet_shape
+from las_mm.network.block import BlockShape, NetworkShape
+from las_mm.network.bottleneck import BottleneckShape
+from las_mm.network.operator import Conv as ConvShape
+from las_mm.network.operator import Pool as PoolShape
+
+from .blocks import block_report
 from .device import KINDS, AnyDevice, Device, available_devices, load_device
+from .measured.calibrated import CalibratedDevice
 from .prediction import find_network, predict
-from .predictor import LatencyTable, Prediction, block_report, network_report, paper_report
-from .regnet import regnet_shape
 from .report import Report
 from .search import SearchResult, search_granularity
-from .shapes import BlockShape, ConvShape, NetworkShape, PoolShape, resnet_shape
-from .tables import LatencyTables
+from .table import (
+    LatencyTable,
+    LatencyTables,
+    Prediction,
+    network_report,
+    paper_report,
+)
 
 __all__ = [
     "KINDS",
     "AnyDevice",
     "BlockShape",
+    "BottleneckShape",
     "CalibratedDevice",
     "ConvShape",
     "Device",

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from las_mm.bounded import Recent
+from las_mm.network.block import NetworkShape
 
-from .predictor import LatencyTable
-from .shapes import NetworkShape
-from .tables import LatencyTables
+from .table import LatencyTable, LatencyTables
 
 if TYPE_CHECKING:
     from las_mm.models.activation import NetworkActivation
@@ -44,16 +43,30 @@ class LatencyReport:
 
 
 @dataclass(frozen=True)
-class _Lines:
-    """A table as tensors.
+class _Cells:
+    """Curves, or surfaces, as polynomials: one per segment, or cell, of the grid.
 
-    Segment i of curve j is ``start[j, i] + slope[j, i] * rate``. Where blocks skip channels, cell
-    (i, k) of surface j is ``start + slope * rate + (slope_channel + both * rate) * rate_channel``.
+    Attributes:
+        block: The block of each, (rows,).
+        axis: Number of each of its k axes, (rows,).
+        strides: Cells from one segment to the next along each axis.
+        first: Its first segment or cell, (rows,).
+        terms: Coefficients, (rows * segments^k, 2^k); the last axis' powers change first.
     """
 
+    block: Tensor
+    axis: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+    first: Tensor
+    terms: Tensor
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """A table as tensors."""
+
     table: LatencyTable
-    lines: Tensor  # (2 * n_blocks * segments (* segments), 2 or 4); conv1's come first
-    first: Tensor  # (2, n_blocks): row of each curve's first segment, or surface's first cell
+    cells: tuple[_Cells, ...]
     fixed: Tensor  # (n_blocks,)
     static_blocks: Tensor  # (n_blocks,)
     static: Tensor  # ()
@@ -71,8 +84,8 @@ class DifferentiableLatency:
 
     def __init__(self, tables: LatencyTables) -> None:
         self.tables = tables
-        self._lines: Recent[tuple[NetworkShape, torch.device], _Lines] = Recent()
-        self._last: _Lines | None = None
+        self._known: Recent[tuple[NetworkShape, torch.device], _Curves] = Recent()
+        self._last: _Curves | None = None
 
     def report(self, activation: NetworkActivation) -> LatencyReport:
         """The latency that the recorded rates amount to.
@@ -81,75 +94,76 @@ class DifferentiableLatency:
             activation: Rates of a forward pass, whose shape (the network at the input's size) is
                 the one that is costed. Rates of static blocks are not used.
         """
-        curves = self._curves(activation.shape, activation.rates.device)
-        segments = len(curves.table.grid) - 1
+        known = self._curves(activation.shape, activation.shares.device)
+        segments = len(known.table.grid) - 1
         # Seconds of one block are small against those of the network: float64, as for FLOPs.
-        rates = torch.stack([activation.rates_dilated, activation.rates]).double()
-        segment = (rates.detach() * segments).long().clamp_(0, segments - 1)
-        if curves.table.channel_blocks.size:
-            channel = activation.rates_channel.double()
-            other = (channel.detach() * segments).long().clamp_(0, segments - 1)
-            cell = curves.first + segment * segments + other
-            start, slope, slope_channel, both = curves.lines[cell].unbind(-1)
-            parts = start + slope * rates + (slope_channel + both * rates) * channel
-        else:
-            start, slope = curves.lines[curves.first + segment].unbind(-1)
-            parts = start + slope * rates
-        blocks = parts.sum(0) + curves.fixed
+        by_axis = [activation.axes[axis] for axis in activation.shape.axes]
+        rates = torch.stack(by_axis).double() if by_axis else known.fixed[None]
+        blocks = known.fixed
+        for cells in known.cells:
+            own = [rates[axis, cells.block] for axis in cells.axis]
+            cell = cells.first
+            for rate, stride in zip(own, cells.strides):
+                segment = (rate.detach() * segments).long().clamp_(0, segments - 1)
+                cell = cell.add(segment, alpha=stride)
+            terms = list(cells.terms[cell].unbind(-1))
+            for rate in reversed(own):
+                terms = [torch.addcmul(a, b, rate) for a, b in zip(terms[::2], terms[1::2])]
+            blocks = blocks.index_add(0, cells.block, terms[0])
         return LatencyReport(
-            dynamic=blocks.sum() + curves.table.stem_s,
-            static=curves.static,
-            block_ratios=blocks / curves.static_blocks,
+            dynamic=blocks.sum() + known.table.stem_s,
+            static=known.static,
+            block_ratios=blocks / known.static_blocks,
         )
 
-    def _curves(self, network: NetworkShape, device: torch.device) -> _Lines:
+    def _curves(self, network: NetworkShape, device: torch.device) -> _Curves:
         last = self._last
-        if last is None or last.table.network is not network or last.lines.device != device:
-            make = functools.partial(_tabulate, self.tables(network), device)
-            last = self._last = self._lines.get((network, device), make)
+        if last is None or last.table.network is not network or last.fixed.device != device:
+            make = functools.partial(_tensors, self.tables(network), device)
+            last = self._last = self._known.get((network, device), make)
         return last
 
 
-def _tabulate(table: LatencyTable, device: torch.device) -> _Lines:
-    curves = np.stack([table.conv1_s, table.rest_s])  # (2, n_blocks, points)
-    slope, start = _fit(curves, table.grid)
-    lines, fixed = [start, slope], table.fixed_s
-    if table.channel_blocks.size:
-        lines, fixed = _surfaces(table, curves)
-    first = np.arange(0, lines[0].size, lines[0][0, 0].size).reshape(curves.shape[:2])
-
+def _tensors(table: LatencyTable, device: torch.device) -> _Curves:
     def tensor(values: np.ndarray | float) -> Tensor:
         return torch.as_tensor(values, device=device)
 
-    return _Lines(
+    cells = []
+    for count in sorted({len(axes) for axes in table.curves}):
+        found = [(axes, *own) for axes, own in table.curves.items() if len(axes) == count]
+        numbers = [[table.network.axes.index(axis) for axis in axes] for axes, _, _ in found]
+        rows = [len(blocks) for _, blocks, _ in found]
+        terms = np.concatenate([_polynomials(seconds, table.grid) for _, _, seconds in found])
+        per_row = (len(table.grid) - 1) ** count
+        cells.append(
+            _Cells(
+                block=tensor(np.concatenate([blocks for _, blocks, _ in found])),
+                axis=tuple(map(tensor, np.repeat(np.array(numbers).T, rows, axis=1))),
+                strides=tuple((len(table.grid) - 1) ** i for i in reversed(range(count))),
+                first=tensor(np.arange(sum(rows)) * per_row),
+                terms=tensor(terms.reshape(-1, 2**count)),
+            )
+        )
+    return _Curves(
         table=table,
-        lines=tensor(np.stack([part.ravel() for part in lines], axis=-1)),
-        first=tensor(first),
-        fixed=tensor(fixed),
+        cells=tuple(cells),
+        fixed=tensor(table.fixed_s),
         static_blocks=tensor(table.static_block_s),
         static=tensor(np.float64(table.static_s)),
     )
 
 
-def _fit(values: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(slope, value at 0) of each segment of curves along the last axis."""
+def _polynomials(seconds: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """(rows, points, ...) of k axes -> (rows, segments, ..., 2^k): see :class:`_Cells`."""
+    parts = [seconds]
+    for axis in range(1, seconds.ndim):
+        parts = [found for part in parts for found in _fit(part, grid, axis)]
+    return np.stack(parts, axis=-1)
+
+
+def _fit(values: np.ndarray, grid: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """(value at 0, slope) of each segment along an axis."""
+    values = np.moveaxis(values, axis, -1)
     slope = np.diff(values) / np.diff(grid)
-    return slope, values[..., :-1] - slope * grid[:-1]
-
-
-def _surfaces(table: LatencyTable, curves: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Coefficients of the cells, each (2, n_blocks, segments, segments), and the fixed seconds.
-
-    Blocks that skip no channels have surfaces that are flat along the channel rate.
-    """
-    points = len(table.grid)
-    values = np.repeat(curves[..., None], points, axis=-1)  # rate, channel rate
-    values[:, table.channel_blocks] = np.stack([table.channel_conv1_s, table.channel_rest_s])
-    fixed = table.fixed_s.copy()
-    fixed[table.channel_blocks] = 0  # in the surfaces
-    # First along the channel rate, then each coefficient along the rate.
-    lines = []
-    for part in reversed(_fit(values, table.grid)):  # value at channel rate 0, then its slope
-        slope, start = _fit(part.swapaxes(-1, -2), table.grid)
-        lines += [start.swapaxes(-1, -2), slope.swapaxes(-1, -2)]
-    return lines, fixed
+    start = values[..., :-1] - slope * grid[:-1]
+    return np.moveaxis(start, -1, axis), np.moveaxis(slope, -1, axis)

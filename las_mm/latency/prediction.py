@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
+from las_mm.network.block import NetworkShape
+from las_mm.network.operator import CHANNEL, DILATED, Conv
+
 from .device import AnyDevice, load_device
-from .predictor import network_report
 from .report import Report
-from .shapes import NetworkShape
+from .table import network_report
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -68,32 +70,33 @@ def predict(
     """
     device = load_device(device)
     batch, size = _split(input_shape)
+    by_axis: dict[str, Rates] | None = None
     is_model = not isinstance(source, NetworkShape) and not _is_config(source)
     if is_model and rates is not None and size is None:
         size = _backbone_of(source)._input_hw
     if is_model and rates is None:
-        rates, recorded, channel, size = _recorded(source, size)
-        rates_dilated = recorded if rates_dilated is None else rates_dilated
-        rates_channel = channel if rates_channel is None else rates_channel
+        recorded, size = _recorded(source, size)
+        given = {DILATED: rates_dilated, CHANNEL: rates_channel}
+        if recorded is not None:
+            by_axis = {**recorded, **{axis: r for axis, r in given.items() if r is not None}}
     network = find_network(source, size)
     if input_shape is not None and len(input_shape) == 4 and input_shape[1] != network.channels:
         raise ValueError(
             f"input_shape must have the {network.channels} channels that {network.name} takes, got "
             f"{tuple(input_shape)}"
         )
-    if rates is None:
-        modes = {block.mode for block in network.blocks} - {"static"}
-        if modes - {"channel"} or (modes and rates_channel is None):
+    if rates is None and by_axis is None:
+        if set(network.axes) - {CHANNEL} or (network.axes and rates_channel is None):
             raise ValueError(
                 f"{network.name} has dynamic blocks, so its latency depends on their rates: give "
                 "rates (e.g. rates=0.5; rates_channel=0.5 for skipped channels), or a model that "
                 "has run on an image"
             )
-        rates = 1.0
+    known = 1.0 if rates is None else rates
     return network_report(
         device,
         network,
-        rates,
+        known if by_axis is None else by_axis,
         rates_dilated,
         batch_size=batch,
         per_image=per_image,
@@ -182,24 +185,21 @@ def _split(input_shape: Sequence[int] | None) -> tuple[int | None, tuple[int, in
 
 def _recorded(
     model: Any, size: tuple[int, int] | None
-) -> tuple[Rates | None, Rates | None, Rates | None, tuple[int, int] | None]:
-    """(rates, dilated and channel rates, input size) of a model's last pass, as far as known."""
+) -> tuple[dict[str, np.ndarray] | None, tuple[int, int] | None]:
+    """Rates by axis and input size of a model's last pass, as far as known."""
     backbone = _backbone_of(model)
     try:
         activation = backbone.network_activation().detach()
     except RuntimeError as error:
         if not backbone.maskers() and size is not None:
-            return None, None, None, size
+            return None, size
         raise ValueError(
             f"{type(model).__name__} has not run yet, so its blocks have no rates: run it on an "
             f"image, or give {'' if size else 'input_shape and '}rates, e.g. rates=0.5"
         ) from error
     # Straight-through arithmetic may leave a rate a rounding error above 1.
-    rates, dilated, channel = (
-        values.clamp(0, 1).double().cpu().numpy()
-        for values in (activation.rates, activation.rates_dilated, activation.rates_channel)
-    )
-    return rates, dilated, channel, activation.shape.input_hw if size is None else size
+    rates = {a: r.clamp(0, 1).double().cpu().numpy() for a, r in activation.axes.items()}
+    return rates, activation.shape.input_hw if size is None else size
 
 
 def _backbone_of(model: Any) -> Any:
@@ -228,11 +228,10 @@ def _build_backbone(source: Any) -> Any:
     import torch
     from mmengine.config import Config
 
-    from las_mm import preflight
-    from las_mm.registry import MODELS
+    from las_mm import configs
 
     if isinstance(source, (str, Path)):
-        cfg = preflight.load_config(str(source))
+        cfg = configs.load_config(str(source))
     else:
         cfg = source if isinstance(source, Config) else Config(dict(source))
     if not cfg.get("model"):
@@ -240,44 +239,58 @@ def _build_backbone(source: Any) -> Any:
     found = backbone_configs(cfg)
     if len(found) != 1:
         # None or several: the model itself knows best.
-        return _backbone_of(preflight.build_model(cfg))
-    # Not preflight.build_model, which would change the default scope of a running process.
-    try:
-        with torch.random.fork_rng(devices=[]):  # a prediction changes no random numbers
-            return MODELS.build(dict(found[0], init_cfg=None))
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise preflight.UserError(f"the config's backbone cannot be built: {reason[-1]}") from error
+        return _backbone_of(configs.build_model(cfg))
+    # Not build_model, which would change the default scope of a running process.
+    with torch.random.fork_rng(devices=[]):  # a prediction changes no random numbers
+        return configs.build(dict(found[0], init_cfg=None), "backbone")
 
 
 def _check_covered(backbone: Any, network: NetworkShape) -> None:
-    """Every layer with weights is one that the shape counts, or is fused into one.
+    """Every layer with weights is an operator of the shape, or is fused into one.
 
     Raises:
         ValueError: Some layer would cost nothing.
     """
+    names = {module: name for name, module in backbone.named_modules()}
+    inside = {part for block in backbone.blocks() for part in block.modules()}
+    stem = [names[m] for m in _weighted(backbone) if m not in inside]
+    convs = sum(isinstance(op, Conv) for op in network.stem)
+    if len(stem) != convs:
+        raise ValueError(
+            f"{type(backbone).__name__} has the layers {', '.join(stem)} outside of its blocks, "
+            f"its shape counts {convs} of a stem: there is no latency model for the others"
+        )
+    for block, shape in zip(backbone.blocks(), network.blocks):
+        operators = [op.module for op in shape.operators if op.module and not op.masker]
+        maskers = {part for masker in block.maskers() for part in masker.modules()}
+        found: list[str] = []
+        for layer in _weighted(block):
+            name = names[layer].removeprefix(names[block] + ".")
+            if layer in maskers:
+                continue
+            own = [m for m in operators if name == m or name.startswith(m + ".")]
+            if not own or len(own) <= found.count(own[0]):
+                raise ValueError(
+                    f"{names[layer]} of {type(backbone).__name__} is a {type(layer).__name__} that "
+                    "its block does not describe, so there is no latency model for it"
+                )
+            found.append(own[0])
+        missing = next((m for m in operators if found.count(m) < operators.count(m)), None)
+        if missing is not None:
+            raise ValueError(
+                f"{names[block]} of {type(backbone).__name__} describes {missing}, which has no "
+                "layer with weights: there is no latency model for what took its place"
+            )
+
+
+def _weighted(module: Any) -> list[Any]:
+    """The modules inside with parameters of their own but norms, which go into a convolution."""
     from torch import nn
     from torch.nn.modules.batchnorm import _NormBase
 
-    maskers = {part for masker in backbone.maskers() for part in masker.modules()}
-    convs = 0
-    for name, module in backbone.named_modules():
-        if module in maskers or not list(module.parameters(recurse=False)):
-            continue
-        if isinstance(module, nn.Conv2d):
-            convs += 1
-        elif not isinstance(module, (_NormBase, nn.GroupNorm)):  # these go into a convolution
-            raise ValueError(
-                f"{name} of {type(backbone).__name__} is a {type(module).__name__}, for which "
-                "there is no latency model"
-            )
-    expected = sum(hasattr(layer, "c_in") for layer in network.stem)
-    expected += sum(3 + b.downsample + 2 * bool(b.se_width) for b in network.blocks)
-    if convs != expected:
-        raise ValueError(
-            f"{type(backbone).__name__} has {convs} convolutions, its shape counts {expected}: "
-            "there is no latency model for the others"
-        )
+    norms = (_NormBase, nn.GroupNorm)
+    return [
+        part
+        for part in module.modules()
+        if list(part.parameters(recurse=False)) and not isinstance(part, norms)
+    ]

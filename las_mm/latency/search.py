@@ -39,16 +39,18 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .blocks import default_dilated_rate, stem_report
+from las_mm.network.block import BlockShape, NetworkShape
+from las_mm.network.operator import CHANNEL
+
+from .analytical.costs import check_patches
+from .blocks import block_seconds, by_axis, default_dilated_rate, stem_report
 from .device import AnyDevice, load_device
-from .predictor import block_curves
-from .shapes import BlockShape, NetworkShape
 
 _RESOLUTION = 1000  # break-even rates are found to 1/1000
 _CHANNEL_RATES = np.linspace(0, 1, 41)  # between which a curve over the channel rate is a line
@@ -250,6 +252,7 @@ def search_granularity(
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance must be a number >= 0, got {tolerance!r}")
+    check_patches(patches)
     images = device.batch_size if batch_size is None else batch_size
     curves = _Curves(device, rate, rate_channel, images, patches)
     fixed_s = stem_report(device, network, images).latency_s / images
@@ -321,7 +324,7 @@ def latency_against_rate(
     Raises:
         ValueError: A granularity has not one entry per stage.
     """
-    device = load_device(device)
+    device, rates = load_device(device), np.asarray(rates, dtype=float)
     images = device.batch_size if batch_size is None else batch_size
     stages = network.stages()
     if len(granularity) != len(stages):
@@ -340,7 +343,7 @@ def latency_against_rate(
     latency, static = np.full(len(rates), stem), stem
     memo: dict[BlockShape, tuple[np.ndarray, float]] = {}
     for block in chosen.blocks:
-        key = replace(block, name="block", stage=0)
+        key = block.anonymous()
         if key not in memo:
             curve, whole = _block_seconds(device, key, rates, rate_channel, images, patches)
             memo[key] = (curve / images, whole / images)
@@ -361,16 +364,13 @@ def _block_seconds(
 
     The rates are channel rates where only channels are skipped; there the curve is interpolated.
     """
-    if block.mode != "channel":
+    static = float(block_seconds(device, block.in_mode("static"), {}, images))
+    if block.decides_positions or not block.has_channels:
         dilated = default_dilated_rate(device, block, rates)
-        conv1, rest, fixed, static = block_curves(
-            device, block, rates, images, patches, rate_channel, dilated
-        )
-        return conv1 + rest + fixed, static
-    values = []
-    for rate in _CHANNEL_RATES:
-        _, _, seconds, static = block_curves(device, block, np.ones(1), images, patches, rate)
-        values.append(seconds)
+        by_rate = by_axis(block.axes, rates, dilated, np.asarray(rate_channel))
+        seconds = block_seconds(device, block, by_rate, images, patches)
+        return np.broadcast_to(seconds, rates.shape), static
+    values = block_seconds(device, block, {CHANNEL: _CHANNEL_RATES}, images, patches)
     return np.interp(rates, _CHANNEL_RATES, values), static
 
 
@@ -390,13 +390,13 @@ class _Curves:
 
     def stage(self, blocks: Sequence[BlockShape]) -> tuple[np.ndarray, float]:
         """Seconds per image at all rates, and of the static stage."""
-        parts = [self._block(replace(block, name="block", stage=0)) for block in blocks]
+        parts = [self._block(block.anonymous()) for block in blocks]
         return np.sum([part[0] for part in parts], axis=0), sum(part[1] for part in parts)
 
     def _block(self, key: BlockShape) -> tuple[np.ndarray, float]:
         if key not in self._blocks:
             rates = self.rates
-            if key.mode == "channel":
+            if key.has_channels and not key.decides_positions:
                 rates = np.append(rates[:-1], self.rate_channel)
             curve, static = _block_seconds(
                 self.device, key, rates, self.rate_channel, self.images, self.patches
@@ -424,7 +424,7 @@ def _search_stage(
     if patched:
         sides = candidates((height, width), min_patches, ragged)
     if any(block.has_channels for block in blocks):
-        groups = channel_candidates([block.width for block in blocks if block.has_channels])
+        groups = channel_candidates([b.gated_channels for b in blocks if b.has_channels])
     if not sides:
         raise ValueError(
             f"stage {stage} has a map of {height} x {width}, too small for min_patches="
@@ -432,7 +432,7 @@ def _search_stage(
         )
     choices = []
     for side, group in itertools.product(sides, groups):
-        latency, static_s = curves.stage(_with_granularity(blocks, side, group))
+        latency, static_s = curves.stage([b.with_granularity(side, group) for b in blocks])
         choices.append(
             Choice(
                 granularity=side,
@@ -445,7 +445,7 @@ def _search_stage(
                 break_even=curves.break_even(latency, static_s),
             )
         )
-    layer, static_s = curves.stage([replace(block, mode="layer") for block in blocks])
+    layer, static_s = curves.stage([block.in_mode("layer") for block in blocks])
 
     def finest(choice: Choice) -> tuple[int, int]:
         return choice.granularity, choice.channel_granularity
@@ -458,11 +458,6 @@ def _search_stage(
     return StageSearch(
         stage, (height, width), static_s, float(layer[-1]), tuple(choices), chosen, mode
     )
-
-
-def _with_granularity(blocks: Sequence[BlockShape], side: int, group: int) -> list[BlockShape]:
-    changed = [replace(b, granularity=side) if b.has_patches else b for b in blocks]
-    return [replace(b, channel_granularity=group) if b.has_channels else b for b in changed]
 
 
 def _best_combinations(found: Sequence[StageSearch], top: int) -> list[tuple[Choice, ...]]:

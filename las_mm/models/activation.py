@@ -2,87 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from mmengine import dist
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from las_mm.latency.shapes import NetworkShape
+from las_mm.network.block import NetworkShape, Term
+from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION, axis_of
+
+PAIRS = "channel_pairs"
+"""Rate of what a grouped convolution multiplies, whose outputs read the kept channels of their own
+group only: the mean over its groups of the channel rate squared."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """What one dynamic block did in one forward pass.
+    """What one dynamic block did in one forward pass: rates and decisions per axis.
 
-    The rates are means over the images of the batch and over real output positions (not over
-    patches, which may be ragged). In training they carry straight-through gradients to the masker.
+    Rates are over real output positions (not over patches, which may be ragged). In training they
+    carry straight-through gradients to the masker.
 
     Attributes:
-        rate: Share of output positions that conv2 and conv3 compute, shape ().
-        rate_dilated: Share of conv1's output positions that conv2 reads from them, shape ().
-        rate_channel: Share of the bottleneck's channels that are computed, shape (); 1 without
-            a channel masker.
-        mask: Hard decision per patch, shape (N, 1, h, w), detached, bool or zeros and ones in
-            float32, whichever the form that ran works with; ``None`` where all positions are
-            computed.
-        mask_channel: Hard decision per group of channels, shape (N, groups), detached, zeros and
-            ones in float32; ``None`` where all channels are computed.
-        shares: Share of conv1's, conv2's and conv3's multiply-accumulates, shape (3,), see
-            :func:`work_shares`; ``None`` without a channel masker, where the rates say it.
+        one: 1, shape (), on the block's device.
+        rates: Share computed by axis (see :mod:`las_mm.network.operator`): of each image, (N,), or
+            where no product of rates needs these, the mean, (). An axis that is not there is
+            computed in full.
+        decisions: Hard decisions by axis, detached, ones or zeros or bool, whichever the path that
+            ran works with: (N, 1, h, w) per patch, (N, 1, 1, 1) for a layer, (N, groups) for
+            channels.
     """
 
-    rate: Tensor
-    rate_dilated: Tensor
-    rate_channel: Tensor
-    mask: Tensor | None = None
-    mask_channel: Tensor | None = None
-    shares: Tensor | None = None
+    one: Tensor
+    rates: Mapping[str, Tensor] = field(default_factory=dict)
+    decisions: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def full(cls, like: Tensor) -> Activation:
         """The record of a static block: everything is computed."""
-        one = torch.ones((), device=like.device)
-        return cls(rate=one, rate_dilated=one, rate_channel=one)
+        return cls(torch.ones((), device=like.device))
 
-    def work(self) -> Tensor:
-        """:attr:`shares`, or what the rates make of them, shape (3,)."""
-        if self.shares is not None:
-            return self.shares
-        return rate_products(self.rate, self.rate_dilated, self.rate_channel)
+    def rate_of(self, axis: str) -> Tensor:
+        """Mean rate of an axis, shape ()."""
+        found = self.rates.get(axis)
+        return self.one if found is None else found.mean()
+
+    def share(self, term: Term) -> Tensor:
+        """Share of the work of a term's operators, shape ().
+
+        Products are taken per image and then averaged: the mean of rho^2 is more than the square
+        of the mean where images differ.
+        """
+        gates, groups = term
+        axes = [axis_of(gate) for gate in gates]
+        if groups > 1 and PAIRS in self.rates:
+            axes = [axis for axis in axes if axis != CHANNEL] + [PAIRS]
+        factors = [self.rates[axis] for axis in axes if axis in self.rates]
+        return math.prod(factors[1:], start=factors[0]).mean() if factors else self.one
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a loss on the rates reaches a masker."""
+        return any(rate.requires_grad for rate in self.rates.values())
+
+    @property
+    def rate(self) -> Tensor:
+        """Share of output positions, or of images of a layer block, that are computed, ()."""
+        return self.rate_of(LAYER if LAYER in self.rates else POSITION)
+
+    @property
+    def rate_dilated(self) -> Tensor:
+        """Share of the positions that are computed for the kept ones to read, ()."""
+        return self.rate_of(LAYER if LAYER in self.rates else DILATED)
+
+    @property
+    def rate_channel(self) -> Tensor:
+        """Share of the channels that are computed, ()."""
+        return self.rate_of(CHANNEL)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Decisions about positions; ``None`` where all are computed."""
+        return self.decisions.get(POSITION, self.decisions.get(LAYER))
+
+    @property
+    def mask_channel(self) -> Tensor | None:
+        """Decisions about channels; ``None`` where all are computed."""
+        return self.decisions.get(CHANNEL)
 
 
-def rate_products(rate: Tensor, rate_dilated: Tensor, rate_channel: Tensor) -> Tensor:
-    """Shares of conv1, conv2 and conv3 of one image: (3, ...) from rates of shape (...)."""
-    return torch.stack(
-        [rate_dilated * rate_channel, rate * rate_channel.square(), rate * rate_channel]
-    )
-
-
-def work_shares(rate: Tensor, rate_dilated: Tensor, channels: Tensor, groups: int = 1) -> Tensor:
-    """Share of each convolution's multiply-accumulates that a batch computes.
-
-    Products are taken per image and then averaged: the mean of rho^2 is more than the square of
-    the mean where images differ. In a grouped conv2 an output channel reads the computed channels
-    of its own group only.
+def channel_rates(channels: Tensor, groups: int) -> dict[str, Tensor]:
+    """Rates of a block's channels, per image, for convolutions of ``groups`` groups.
 
     Args:
-        rate: Share of positions that conv2 and conv3 compute, (N,).
-        rate_dilated: Conv1's, (N,).
         channels: Zeros and ones per channel, (N, width).
-        groups: Groups of conv2.
-
-    Returns:
-        Of conv1, conv2 and conv3, (3,).
+        groups: Of the convolution that reads and writes such channels.
     """
-    channel = channels.mean(dim=1)
-    square = channels.unflatten(1, (groups, -1)).mean(dim=2).square().mean(dim=1)
-    shares = torch.stack([rate_dilated * channel, rate * square, rate * channel])
-    return shares.mean(dim=1)
+    rates = {CHANNEL: channels.mean(dim=1)}
+    if groups > 1:
+        rates[PAIRS] = channels.unflatten(1, (groups, -1)).mean(dim=2).square().mean(dim=1)
+    return rates
 
 
 @dataclass(frozen=True)
@@ -91,100 +113,130 @@ class NetworkActivation:
 
     Attributes:
         shape: What the network would compute statically at this input size.
-        rates: (n_blocks,) share of computed positions, see :class:`Activation`.
-        rates_dilated: (n_blocks,) conv1's share.
-        rates_channel: (n_blocks,) channel share.
-        masks: Per block the hard patch mask (N, 1, h, w) or ``None``.
-        masks_channel: Per block the hard mask of channel groups (N, groups) or ``None``; empty
-            where nobody recorded them.
-        shares: (3, n_blocks) shares of conv1's, conv2's and conv3's multiply-accumulates, see
-            :func:`work_shares`; ``None``: the products of the rates.
+        axes: Mean rate of every block by axis, (n_blocks,); 1 where a block has no such axis.
+        shares: Share of the work of every term of every block, in order, (n_terms,).
+        decisions: Per block its hard decisions by axis.
     """
 
     shape: NetworkShape
-    rates: Tensor
-    rates_dilated: Tensor
-    rates_channel: Tensor
-    masks: tuple[Tensor | None, ...]
-    masks_channel: tuple[Tensor | None, ...] = ()
-    shares: Tensor | None = None
+    axes: Mapping[str, Tensor]
+    shares: Tensor
+    decisions: tuple[Mapping[str, Tensor], ...]
 
     @classmethod
     def of(cls, shape: NetworkShape, blocks: Sequence[Activation]) -> NetworkActivation:
         """Stack the records of all blocks."""
-        shares = None
-        if any(a.shares is not None for a in blocks):
-            shares = torch.stack([a.work() for a in blocks], dim=1)
+        shares = [a.share(term) for block, a in zip(shape.blocks, blocks) for term in block.terms]
+        one = blocks[0].one
         return cls(
             shape=shape,
-            rates=torch.stack([a.rate for a in blocks]),
-            rates_dilated=torch.stack([a.rate_dilated for a in blocks]),
-            rates_channel=torch.stack([a.rate_channel for a in blocks]),
-            masks=tuple(a.mask for a in blocks),
-            masks_channel=tuple(a.mask_channel for a in blocks),
-            shares=shares,
+            axes={axis: torch.stack([a.rate_of(axis) for a in blocks]) for axis in shape.axes},
+            shares=torch.stack(shares) if shares else one.new_ones(0),
+            decisions=tuple(a.decisions for a in blocks),
         )
 
-    def work(self) -> Tensor:
-        """:attr:`shares`, or what the rates make of them, (3, n_blocks)."""
-        if self.shares is not None:
-            return self.shares
-        return rate_products(self.rates, self.rates_dilated, self.rates_channel)
+    @classmethod
+    def at(
+        cls,
+        shape: NetworkShape,
+        rates: Mapping[str, Tensor],
+        decisions: Sequence[Mapping[str, Tensor]] = (),
+    ) -> NetworkActivation:
+        """What blocks with these rates do, (n_blocks,) by axis, every image with the same."""
+        one = next(iter(rates.values())).new_ones(())
+        blocks = [
+            Activation(
+                one,
+                {axis: values[i] for axis, values in rates.items() if axis in block.axes},
+                decisions[i] if decisions else {},
+            )
+            for i, block in enumerate(shape.blocks)
+        ]
+        return cls.of(shape, blocks)
+
+    def rate(self, *axes: str) -> Tensor:
+        """Rate of every block, (n_blocks,), of the first of ``axes`` that it has."""
+        columns = [self.axes[axis] for axis in axes if axis in self.axes]
+        if not columns:
+            device = next((v.device for v in self.axes.values()), self.shares.device)
+            return torch.ones(len(self.shape.blocks), device=device)
+        # Only one of them is less than 1.
+        return columns[0] if len(columns) == 1 else torch.stack(columns).prod(dim=0)
+
+    @property
+    def rates(self) -> Tensor:
+        """Share of computed positions (of images, in layer blocks), (n_blocks,)."""
+        return self.rate(POSITION, LAYER)
+
+    @property
+    def rates_dilated(self) -> Tensor:
+        """The share that is computed for these to read, (n_blocks,)."""
+        return self.rate(DILATED, LAYER)
+
+    @property
+    def rates_channel(self) -> Tensor:
+        """Channel share, (n_blocks,)."""
+        return self.rate(CHANNEL)
+
+    @property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """Per block the hard mask of positions (N, 1, h, w) or ``None``."""
+        return tuple(d.get(POSITION, d.get(LAYER)) for d in self.decisions)
+
+    @property
+    def masks_channel(self) -> tuple[Tensor | None, ...]:
+        """Per block the hard mask of channel groups (N, groups) or ``None``."""
+        return tuple(d.get(CHANNEL) for d in self.decisions)
 
     @property
     def dynamic(self) -> list[int]:
         """Indices of the blocks that may skip computation."""
-        return [i for i, block in enumerate(self.shape.blocks) if block.mode != "static"]
+        return self.shape.having()
 
-    @property
-    def positional(self) -> list[int]:
-        """Indices of the blocks that may leave out positions: spatial, layer and both."""
-        return [i for i, block in enumerate(self.shape.blocks) if block.decides_positions]
+    def named_rates(self) -> dict[str, tuple[str, ...]]:
+        """What is logged, and the axes that it is the rate of: those that are decided about.
 
-    @property
-    def channelwise(self) -> list[int]:
-        """Indices of the blocks that may leave out channels: channel and both."""
-        return [i for i, block in enumerate(self.shape.blocks) if block.has_channels]
+        Positions and whole layers are one, ``'activation_rate'``; others are called by their
+        axis, as ``'channel_rate'``.
+        """
+        others = [axis for axis in self.shape.axes if axis not in (POSITION, LAYER, DILATED)]
+        return {"activation_rate": (POSITION, LAYER), **{f"{a}_rate": (a,) for a in others}}
+
+    def mean_of(self, *axes: str) -> Tensor:
+        """Mean rate of the blocks that decide about one of ``axes``, shape (); 1 if none."""
+        return self._mean(self.rate(*axes), self.shape.having(*axes))
 
     @property
     def mean_rate(self) -> Tensor:
         """Mean activation rate of the blocks that may leave out positions, shape (); 1 if none."""
-        return self._mean(self.rates, self.positional)
+        return self.mean_of(POSITION, LAYER)
 
     @property
     def mean_rate_channel(self) -> Tensor:
         """Mean channel rate of the blocks that may leave out channels, shape (); 1 if none."""
-        return self._mean(self.rates_channel, self.channelwise)
+        return self.mean_of(CHANNEL)
 
-    def stage_rates(self) -> dict[int, Tensor]:
-        """Mean activation rate of each stage's blocks: {1: tensor(), 2: ...}."""
-        return {stage: self._mean(self.rates, index) for stage, index in self._stages().items()}
-
-    def stage_rates_channel(self) -> dict[int, Tensor]:
-        """Mean channel rate of each stage's blocks: {1: tensor(), 2: ...}."""
-        return {
-            stage: self._mean(self.rates_channel, index) for stage, index in self._stages().items()
-        }
-
-    def _stages(self) -> dict[int, list[int]]:
+    def stage_rates(self, *axes: str) -> dict[int, Tensor]:
+        """Mean rate of each stage's blocks, {1: tensor(), 2: ...}; of positions by default."""
         stages: dict[int, list[int]] = {}
         for i, block in enumerate(self.shape.blocks):
             stages.setdefault(block.stage, []).append(i)
-        return dict(sorted(stages.items()))
+        rates = self.rate(*(axes or (POSITION, LAYER)))
+        return {stage: self._mean(rates, index) for stage, index in sorted(stages.items())}
 
     @staticmethod
     def _mean(values: Tensor, index: list[int]) -> Tensor:
         return values[index].mean() if index else values.new_ones(())
 
+    def _map(self, function) -> NetworkActivation:
+        values = torch.cat([*self.axes.values(), self.shares])
+        sizes = [len(self.shape.blocks)] * len(self.axes) + [len(self.shares)]
+        *axes, shares = function(values).split(sizes)
+        return replace(self, axes=dict(zip(self.axes, axes)), shares=shares)
+
     def detach(self) -> NetworkActivation:
         """The same figures without their graph."""
-        return replace(
-            self,
-            rates=self.rates.detach(),
-            rates_dilated=self.rates_dilated.detach(),
-            rates_channel=self.rates_channel.detach(),
-            shares=None if self.shares is None else self.shares.detach(),
-        )
+        return self._map(Tensor.detach)
 
     def reduce_mean(self) -> NetworkActivation:
         """Average the rates over all processes, so that a nonlinear loss sees the global batch.
@@ -194,17 +246,13 @@ class NetworkActivation:
         """
         if dist.get_world_size() == 1:
             return self
-        local = torch.stack([self.rates, self.rates_dilated, self.rates_channel, *self.work()])
-        mean = local.detach().clone()
-        dist.all_reduce(mean, op="mean")
-        rates, rates_dilated, rates_channel, *shares = mean + (local - local.detach())
-        return replace(
-            self,
-            rates=rates,
-            rates_dilated=rates_dilated,
-            rates_channel=rates_channel,
-            shares=torch.stack(shares),
-        )
+
+        def mean(local: Tensor) -> Tensor:
+            found = local.detach().clone()
+            dist.all_reduce(found, op="mean")
+            return found + (local - local.detach())
+
+        return self._map(mean)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -293,7 +341,7 @@ def require_gradients(backbone: nn.Module) -> None:
     names = {block: name for name, block in backbone.named_modules()}
     for block in backbone.blocks():
         learns = any(p.requires_grad for masker in block.maskers() for p in masker.parameters())
-        if learns and block.activation is not None and not block.activation.work().requires_grad:
+        if learns and block.activation is not None and not block.activation.requires_grad:
             raise RuntimeError(
                 f"the activation rate of {names[block]} has no gradient, though its masker shall "
                 "learn: re-entrant activation checkpointing, which mmengine's "

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from las_mm import compat, ops
 from las_mm.bounded import Recent
-from las_mm.latency.shapes import BlockShape, NetworkShape
 from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.arguments import dilations_of_blocks
@@ -22,6 +21,8 @@ from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
 from las_mm.models.snapshot import Snapshot, changed, checked, compared_together, watch
 from las_mm.models.stage import Stream
+from las_mm.models.stem import stem_shapes
+from las_mm.network.block import BlockShape, NetworkShape
 
 
 class DynamicBackbone(nn.Module):
@@ -29,7 +30,7 @@ class DynamicBackbone(nn.Module):
 
     Put before the static backbone among the bases. A subclass sets :attr:`settings` before the
     constructor of the static backbone runs, which calls :meth:`make_res_layer` for each stage,
-    and gives :meth:`_network_shape`, :meth:`_dense_stem` and, where the stem has a fast form,
+    and gives :attr:`architecture`, :meth:`_dense_stem` and, where the stem has a fast form,
     :attr:`fast_stem` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``,
     ``res_layers`` (names of the stages), ``frozen_stages``, ``freeze_maskers`` and, as mmseg's
     ResNet has them, ``contract_dilation`` and ``multi_grid``.
@@ -262,7 +263,7 @@ class DynamicBackbone(nn.Module):
         hw = (int(input_hw[0]), int(input_hw[1]))
         if self._shapes is None:
             self._shapes = Recent(64)
-        blocks = tuple(block.geometry() for block in self.blocks())
+        blocks = tuple(block.describe("", 0, (1, 1)) for block in self.blocks())
         stem = tuple(repr(getattr(self, name)) for name in self._stem_parts())
         return self._shapes.get((hw, blocks, stem), lambda: self._network_shape(hw))
 
@@ -315,8 +316,16 @@ class DynamicBackbone(nn.Module):
         stages = "; ".join(map(describe_stage, self.settings))
         return f"depth={self.depth}, stages=[{stages}]"
 
-    def _network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
+    @property
+    def architecture(self) -> str:
+        """What the network is called in reports."""
         raise NotImplementedError
+
+    def _network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
+        parts = [getattr(self, name) for name in self._stem_parts()]
+        stem, hw = stem_shapes(parts, self.blocks()[0].in_channels, input_hw)
+        stages = [(name, self.blocks_of(name)) for name in self.res_layers]
+        return NetworkShape(self.architecture, input_hw, stem, block_shapes(stages, hw))
 
     def _freeze_stages(self) -> None:
         super()._freeze_stages()
@@ -329,51 +338,18 @@ class DynamicBackbone(nn.Module):
 
 
 def block_shapes(
-    stages: Sequence[tuple[str, Sequence[DynamicBlock]]],
-    hw: tuple[int, int],
-    downsample_pool: Callable[[DynamicBlock], bool] = lambda block: False,
+    stages: Sequence[tuple[str, Sequence[DynamicBlock]]], hw: tuple[int, int]
 ) -> tuple[BlockShape, ...]:
     """The shapes of all blocks in network order.
 
     Args:
         stages: Name and blocks of each stage.
         hw: Rows and columns of the first block's input.
-        downsample_pool: Whether a block's shortcut averages before its convolution.
     """
-    shapes = []
+    shapes: list[BlockShape] = []
     for stage, (name, blocks) in enumerate(stages, start=1):
         for i, block in enumerate(blocks):
-            shape = BlockShape(
-                name=f"{name}.{i}",
-                stage=stage,
-                mode=block.mode,
-                granularity=block.granularity if block.mode in ("spatial", "both") else 0,
-                c_in=block.in_channels,
-                width=block.mid_channels,
-                c_out=block.out_channels,
-                h_in=hw[0],
-                w_in=hw[1],
-                stride=block.stride,
-                conv1_stride=block.conv1_stride,
-                groups=block.conv2.groups,
-                dilation=block.dilation,
-                downsample=block.downsample is not None,
-                downsample_pool=downsample_pool(block),
-                se_width=getattr(block, "squeeze_channels", 0),
-                **_channel_shape(block),
-            )
+            shape = block.describe(f"{name}.{i}", stage, hw)
             shapes.append(shape)
             hw = (shape.h_out, shape.w_out)
     return tuple(shapes)
-
-
-def _channel_shape(block: DynamicBlock) -> dict:
-    masker = block.masker_channel
-    if masker is None:
-        return {}
-    return dict(
-        channel_granularity=block.channel_granularity,
-        channel_masker=masker.kind,
-        channel_masker_layers=masker.layers,
-        channel_reduction=masker.reduction,
-    )

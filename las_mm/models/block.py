@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from las_mm import compat, ops
 from las_mm.models import sparse
-from las_mm.models.activation import Activation, work_shares
+from las_mm.models.activation import Activation, channel_rates
 from las_mm.models.coverage import in_format, is_channels_last, shadowed
 from las_mm.models.maskers import (
     ChannelMasker,
@@ -22,6 +23,8 @@ from las_mm.models.maskers import (
 )
 from las_mm.models.settings import BlockSettings
 from las_mm.models.snapshot import Snapshot, checked, watch
+from las_mm.network.block import BlockShape
+from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION
 
 _METHODS = ("forward", "_forward", "_decide", "_decide_positions", "_compute", "_gated", "_excite")
 
@@ -85,34 +88,33 @@ class DynamicBlock(nn.Module):
     @property
     def settings(self) -> BlockSettings:
         """How the block skips, as it is now."""
-        masker = self.masker_channel
-        kind = {}
-        if masker is not None:
-            kind = dict(
-                channel_masker=masker.kind,
-                channel_masker_layers=masker.layers,
-                channel_reduction=masker.reduction,
-            )
         return BlockSettings(
             mode=self.mode,
             granularity=self.granularity,
-            channel_granularity=self.channel_granularity,
             channel_position=self.channel_position,
-            **kind,
+            **{"channel_granularity": self.channel_granularity, **self._channel_masker_shape()},
         )
 
-    def geometry(self) -> tuple:
-        """All that the block's shape depends on beside the size of its input."""
-        return (
-            self.settings,
-            self.in_channels,
-            self.mid_channels,
-            self.out_channels,
-            self.conv1_stride,
-            self.conv2_stride,
-            self.dilation,
-            self.conv2.groups,
-            self.downsample is None,
+    def describe(self, name: str, stage: int, hw: tuple[int, int]) -> BlockShape:
+        """The block's shape, from which all that is counted and predicted of it follows.
+
+        Args:
+            name: Name to show.
+            stage: Stage that it belongs to, from 1.
+            hw: Rows and columns of its input.
+        """
+        raise NotImplementedError
+
+    def _channel_masker_shape(self) -> dict[str, Any]:
+        """What a shape says of the channel masker; empty without one."""
+        masker = self.masker_channel
+        if masker is None:
+            return {}
+        return dict(
+            channel_granularity=self.channel_granularity,
+            channel_masker=masker.kind,
+            channel_masker_layers=masker.layers,
+            channel_reduction=masker.reduction,
         )
 
     @property
@@ -277,26 +279,22 @@ class DynamicBlock(nn.Module):
 
     def _decide(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Run the maskers, leave the activation, return the masks that :meth:`_compute` takes."""
-        mask = coarse = channels = groups = None
+        mask = channels = None
+        rates: dict[str, Tensor] = {}
+        decisions: dict[str, Tensor] = {}
         if self.masker is not None:
-            mask, coarse, rates, dilated = self._decide_positions(x)
-        else:
-            rates = dilated = torch.ones(len(x), device=x.device)
-        rate, rate_dilated = rates.mean(), dilated.mean()
-        rate_channel, shares = torch.ones_like(rate), None
+            mask, coarse, kept, dilated = self._decide_positions(x)
+            if self.mode == "layer":
+                rates[LAYER], decisions[LAYER] = kept, coarse.detach()
+            else:
+                rates[POSITION], rates[DILATED] = kept, dilated
+                decisions[POSITION] = coarse.detach()
         if self.masker_channel is not None:
             groups = self.masker_channel(x)
-            rate_channel = groups.mean()
             channels = expand_channels(groups, self.channel_granularity)
-            shares = work_shares(rates, dilated, channels[:, :, 0, 0], self.conv2.groups)
-        self.activation = Activation(
-            rate=rate,
-            rate_dilated=rate_dilated,
-            rate_channel=rate_channel,
-            mask=None if coarse is None else coarse.detach(),
-            mask_channel=None if groups is None else groups.detach(),
-            shares=shares,
-        )
+            rates.update(channel_rates(channels[:, :, 0, 0], self.conv2.groups))
+            decisions[CHANNEL] = groups.detach()
+        self.activation = Activation(torch.ones((), device=x.device), rates, decisions)
         return mask, channels
 
     def _decide_positions(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

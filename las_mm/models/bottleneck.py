@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from mmpretrain.models.backbones.resnet import Bottleneck
-from torch import Tensor
+from torch import Tensor, nn
 
-from las_mm.latency.shapes import MODES
 from las_mm.models import sparse
 from las_mm.models.block import DynamicBlock
 from las_mm.models.coverage import register
 from las_mm.models.settings import BlockSettings
+from las_mm.network.block import MODES
+from las_mm.network.bottleneck import BottleneckShape
 
 __all__ = ["MODES", "DynamicBottleneck"]
 
@@ -41,6 +42,30 @@ class DynamicBottleneck(DynamicBlock, Bottleneck):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.make_dynamic(BlockSettings(mode=mode, granularity=granularity, **(settings or {})))
+
+    def describe(self, name: str, stage: int, hw: tuple[int, int]) -> BottleneckShape:
+        """See the base class."""
+        shortcut = self.downsample
+        pools = isinstance(shortcut, nn.Sequential) and isinstance(shortcut[0], nn.AvgPool2d)
+        return BottleneckShape(
+            name=name,
+            stage=stage,
+            mode=self.mode,
+            granularity=self.granularity if self.mode in ("spatial", "both") else 0,
+            c_in=self.in_channels,
+            width=self.mid_channels,
+            c_out=self.out_channels,
+            h_in=hw[0],
+            w_in=hw[1],
+            stride=self.stride,
+            conv1_stride=self.conv1_stride,
+            groups=self.conv2.groups,
+            dilation=self.dilation,
+            downsample=shortcut is not None,
+            downsample_pool=pools,
+            se_width=getattr(self, "squeeze_channels", 0),
+            **self._channel_masker_shape(),
+        )
 
     def _make_fast(self) -> sparse.FastBottleneck:
         return sparse.FastBottleneck.of(self)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from las_mm import ops
-from las_mm.latency.shapes import CHANNEL_MASKERS, channel_hidden
 from las_mm.models.coverage import register
+from las_mm.network.block import CHANNEL_MASKERS
+from las_mm.network.bottleneck import channel_hidden
 
 _MASKER = re.compile(r"(^|\.)masker(_channel)?\.")
 

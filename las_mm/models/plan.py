@@ -222,7 +222,7 @@ class Plan:
             found = _timings(content)
             origin = content["machine"]
         except _DAMAGE as error:
-            from las_mm.preflight import UserError
+            from las_mm.errors import UserError
 
             raise UserError(
                 f"{PINNED}={self.path} is no readable plan ({error}): name a copy of a plan.json "

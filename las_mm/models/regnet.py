@@ -9,20 +9,15 @@ from mmpretrain.models.backbones.resnet import ResLayer
 from mmpretrain.models.backbones.resnext import Bottleneck as GroupedBottleneck
 from torch import Tensor
 
-from las_mm.latency.regnet import ARCHS, SE_RATIO
-from las_mm.latency.shapes import NetworkShape
 from las_mm.models import sparse
 from las_mm.models.arguments import check_stages, require_bool, static_arguments
-from las_mm.models.backbone import (
-    DynamicBackbone,
-    block_shapes,
-)
+from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.coverage import register
 from las_mm.models.excitation import POOLS, SqueezeExcitation
 from las_mm.models.released import convert_regnet
 from las_mm.models.settings import block_settings
-from las_mm.models.stem import stem_shapes
+from las_mm.network.architectures import ARCHS, SE_RATIO
 from las_mm.registry import MODELS
 
 _ARCH_KEYS = ("w0", "wa", "wm", "group_w", "depth", "bot_mul")
@@ -199,19 +194,10 @@ class LASRegNet(DynamicBackbone, RegNet):
     def _dense_stem(self, x: Tensor) -> Tensor:
         return self.relu(self.norm1(self.conv1(x)))
 
-    def _network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
-        parts = [getattr(self, name) for name in self._stem_parts()]
-        stem, hw = stem_shapes(parts, self.blocks()[0].in_channels, input_hw)
-        return NetworkShape(
-            name=f"LASRegNet-{self.arch}",
-            input_hw=input_hw,
-            stem=stem,
-            blocks=block_shapes(
-                [(name, self.blocks_of(name)) for name in self.res_layers],
-                hw,
-                downsample_pool=lambda block: self.avg_down and block.stride != 1,
-            ),
-        )
+    @property
+    def architecture(self) -> str:
+        """See the base class."""
+        return f"LASRegNet-{self.arch}"
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace(f"depth={self.depth}", f"arch={self.arch}", 1)

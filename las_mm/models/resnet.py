@@ -7,16 +7,11 @@ from collections.abc import Sequence
 from mmpretrain.models.backbones import ResNet
 from torch import Tensor
 
-from las_mm.latency.shapes import NetworkShape
 from las_mm.models import sparse
 from las_mm.models.arguments import check_stages, require_bool, static_arguments
-from las_mm.models.backbone import (
-    DynamicBackbone,
-    block_shapes,
-)
+from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.settings import block_settings
-from las_mm.models.stem import stem_shapes
 from las_mm.registry import MODELS
 
 
@@ -135,16 +130,7 @@ class LASResNet(DynamicBackbone, ResNet):
         parts = ["stem"] if self.deep_stem else ["conv1", self.norm1_name, "relu"]
         return [*parts, "maxpool"]
 
-    def _network_shape(self, input_hw: tuple[int, int]) -> NetworkShape:
-        parts = [getattr(self, name) for name in self._stem_parts()]
-        stem, hw = stem_shapes(parts, self.blocks()[0].in_channels, input_hw)
-        return NetworkShape(
-            name=f"LASResNet-{self.depth}",
-            input_hw=input_hw,
-            stem=stem,
-            blocks=block_shapes(
-                [(name, self.blocks_of(name)) for name in self.res_layers],
-                hw,
-                downsample_pool=lambda block: self.avg_down and block.stride != 1,
-            ),
-        )
+    @property
+    def architecture(self) -> str:
+        """See the base class."""
+        return f"LASResNet-{self.depth}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
-from las_mm.latency.shapes import CHANNEL_MASKERS, MODES
+from las_mm.network.block import CHANNEL_MASKERS, MODES
 
 POSITIONS = ("after_act", "before_norm")
 

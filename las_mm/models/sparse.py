@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from las_mm import compat, memory, ops
 from las_mm.bounded import Recent
-from las_mm.models.activation import Activation, find_dynamic_backbones, work_shares
+from las_mm.models.activation import Activation, channel_rates, find_dynamic_backbones
 from las_mm.models.coverage import (
     Unsupported,
     check_children,
@@ -32,6 +32,7 @@ from las_mm.models.coverage import (
     obstacle,
 )
 from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
+from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION
 
 PREPARE_FIRST = (
     "the fast form has to exist before torch.compile or torch.export: call "
@@ -288,17 +289,18 @@ class FastBottleneck:
         mask = None
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
         traced = compat.is_compiling() or compat.is_exporting()
-        known: Activation | Callable[[], Activation] = Activation(self.one, self.one, self.one)
+        axes = (LAYER,) if block.mode == "layer" else (POSITION, DILATED)
+        known: Activation | Callable[[], Activation] = Activation(self.one, {}, {})
         if self.masker is not None:
             masker, weight, bias = self.masker
             arguments = (weight, bias, masker.offset, granularity, self.strides, self.dilation)
             if x.is_cuda and not traced:
                 mask = torch.ops.las_mm.patch_mask(x, *arguments)
                 geometry = (tuple(x.shape[2:]), granularity, self.strides, self.dilation)
-                known = partial(_spatial_activation, mask, *geometry, self.one)
+                known = partial(_spatial_activation, self.one, mask, axes, *geometry)
             else:
-                mask, rates = ops.spatial_mask(x, *arguments)
-                known = Activation(*rates.unbind(), self.one, mask)
+                mask, found = ops.spatial_mask(x, *arguments)
+                known = Activation(self.one, dict(zip(axes, found.unbind())), {axes[0]: mask})
         winograd = self.winograd if choice.winograd else None
         if self.masker_channel is not None:
             return self._skip_channels(block, x, mask, known, biases, winograd, in_place)
@@ -380,19 +382,20 @@ class FastBottleneck:
 
 
 def _spatial_activation(
+    one: Tensor,
     mask: Tensor,
+    axes: Sequence[str],
     input_hw: tuple[int, int],
     granularity: int,
     strides: Sequence[int],
     dilation: int,
-    one: Tensor,
 ) -> Activation:
     """What ``ops.spatial_mask`` would have counted, for those who ask."""
     size = [-(-n // strides[0]) for n in input_hw]
     _, counts = ops.dilate_mask(mask, granularity, size, strides[1], dilation)
     areas = counts.new_tensor([math.prod(-(-n // strides[1]) for n in size), math.prod(size)])
     rates = (counts.sum(dim=0) / (areas * max(len(mask), 1))).float()
-    return Activation(*rates.unbind(), one, mask)
+    return Activation(one, dict(zip(axes, rates.unbind())), {axes[0]: mask})
 
 
 def _channel_activation(
@@ -405,26 +408,22 @@ def _channel_activation(
     groups: int,
     channel_granularity: int,
 ) -> Activation:
-    """``known`` with what follows from its masks.
-
-    Rates are means over the images; the shares of work need those of each.
-    """
+    """``known`` with the decisions about channels, and the rates of each image."""
     if callable(known):
         known = known()
     mask, decisions = known.mask, groups_mask.float()
-    images = len(decisions)
-    rates, dilated = known.rate.expand(images), known.rate_dilated.expand(images)
-    if mask is not None and images > 1:
+    rates = dict(known.rates)
+    if mask is not None and len(decisions) > 1:
         size = [-(-n // strides[0]) for n in input_hw]
         _, counts = ops.dilate_mask(mask, granularity, size, strides[1], dilation)
         outputs = [-(-n // strides[1]) for n in size]
         areas = counts.new_tensor([math.prod(outputs), math.prod(size)])
-        rates, dilated = (counts / areas).unbind(1)
+        rates = dict(zip((POSITION, DILATED), (counts / areas).unbind(1)))
     channels = decisions
     if groups > 1:
         channels = decisions.repeat_interleave(channel_granularity, dim=1)
-    shares = work_shares(rates, dilated, channels, groups)
-    return replace(known, rate_channel=decisions.mean(), mask_channel=decisions, shares=shares)
+    rates.update(channel_rates(channels, groups))
+    return replace(known, rates=rates, decisions={**known.decisions, CHANNEL: decisions})
 
 
 def _layers_of(masker: nn.Module | None) -> tuple[list[Tensor], list[Tensor]] | None:

@@ -8,7 +8,7 @@ import torch
 from mmcv.cnn import is_norm
 from torch import nn
 
-from las_mm.latency.shapes import ConvShape, PoolShape
+from las_mm.network.operator import Conv, Operator, Pool
 
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 _UNKNOWN = (
@@ -19,7 +19,7 @@ _UNKNOWN = (
 
 def stem_shapes(
     parts: Sequence[nn.Module], channels: int, hw: tuple[int, int]
-) -> tuple[tuple[ConvShape | PoolShape, ...], tuple[int, int]]:
+) -> tuple[tuple[Operator, ...], tuple[int, int]]:
     """The convolutions and poolings inside modules that run one after the other.
 
     Args:
@@ -33,7 +33,7 @@ def stem_shapes(
     Raises:
         ValueError: A module of another kind, whose size or FLOPs nobody knows.
     """
-    shapes: list[ConvShape | PoolShape] = []
+    shapes: list[Operator] = []
     for leaf in (leaf for part in parts for leaf in _leaves(part)):
         before = hw
         if isinstance(leaf, nn.Conv2d):
@@ -41,22 +41,22 @@ def stem_shapes(
             hw = _conv_size(leaf, hw)
             if rows != columns:
                 raise ValueError(f"the stem's {leaf} is {_UNKNOWN}")
-            count = sum(isinstance(shape, ConvShape) for shape in shapes) + 1
+            count = sum(isinstance(shape, Conv) for shape in shapes) + 1
             shapes.append(conv_shape(f"stem.conv{count}", leaf, hw))
         elif not is_norm(leaf) and not isinstance(leaf, nn.PReLU):
             hw = _size_after(leaf, channels, hw)
             if isinstance(leaf, _POOLS):
                 kernel, stride = _first(leaf.kernel_size), _first(leaf.stride)
                 name = "stem.maxpool" if type(leaf) is nn.MaxPool2d else "stem.pool"
-                shapes.append(PoolShape(name, channels, kernel, stride, *hw))
+                shapes.append(Pool(name, channels, kernel, stride, *hw))
             elif hw != before or any(weight.dim() > 1 for weight in leaf.parameters()):
                 raise ValueError(f"the stem's {leaf} is {_UNKNOWN}")
     return tuple(shapes), hw
 
 
-def conv_shape(name: str, conv: nn.Conv2d, out_hw: tuple[int, int]) -> ConvShape:
+def conv_shape(name: str, conv: nn.Conv2d, out_hw: tuple[int, int]) -> Conv:
     """The shape of a square convolution with an output of ``out_hw``."""
-    return ConvShape(
+    return Conv(
         name=name,
         c_in=conv.in_channels,
         c_out=conv.out_channels,

@@ -17,10 +17,11 @@ import needs
 from las_mm.hooks import PredictedLatencyHook
 from las_mm.hooks import latency as latency_module
 from las_mm.latency import NetworkShape, network_report, paper_report, resnet_shape
-from las_mm.latency import tables as tables_module
+from las_mm.latency import table as table_module
 from las_mm.models import LASResNet, collect_activations
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import flops_report
+from records import record
 
 KEYS = ("latency_ms", "static_latency_ms", "latency_ratio")
 
@@ -28,8 +29,7 @@ KEYS = ("latency_ms", "static_latency_ms", "latency_ratio")
 def activation(shape: NetworkShape, rates, rates_dilated=None) -> NetworkActivation:
     rates = torch.as_tensor(rates, dtype=torch.float32).expand(len(shape.blocks))
     dilated = rates if rates_dilated is None else torch.as_tensor(rates_dilated)
-    ones = torch.ones(len(shape.blocks))
-    return NetworkActivation(shape, rates, dilated.float(), ones, (None,) * len(ones))
+    return record(shape, rates, dilated.float())
 
 
 def static(shape: NetworkShape) -> NetworkShape:
@@ -55,12 +55,12 @@ def tables(monkeypatch) -> list:
     """The tables that a hook builds."""
     built = []
 
-    class Counted(tables_module.LatencyTable):
+    class Counted(table_module.LatencyTable):
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             built.append(self.network.input_hw)
 
-    monkeypatch.setattr(tables_module, "LatencyTable", Counted)
+    monkeypatch.setattr(table_module, "LatencyTable", Counted)
     return built
 
 
@@ -159,8 +159,8 @@ def test_work_per_iteration(backbone, tables, monkeypatch):
     assert iterations == [0, 4, 9, 14, 19]
     assert tables == [(64, 64), (64, 96)]
     # The network is costed when a table is built, never again.
-    monkeypatch.setattr("las_mm.latency.predictor.block_report", lambda *_, **__: pytest.fail())
-    monkeypatch.setattr("las_mm.latency.predictor.spatial_costs", lambda *_: pytest.fail())
+    monkeypatch.setattr("las_mm.latency.table.report_at", lambda *_, **__: pytest.fail())
+    monkeypatch.setattr("las_mm.latency.table.costs_of", lambda *_: pytest.fail())
     hook.after_train_iter(fake_runner(backbone, 0, "latency-work"), 0)
 
 

@@ -16,10 +16,10 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
+import records  # noqa: E402
 from las_mm.hooks.masks import MaskVisualizationHook  # noqa: E402
-from las_mm.latency.shapes import BlockShape, ConvShape, NetworkShape, PoolShape  # noqa: E402
+from las_mm.latency import BottleneckShape, ConvShape, NetworkShape, PoolShape  # noqa: E402
 from las_mm.models import LASResNet, collect_activations  # noqa: E402
-from las_mm.models.activation import NetworkActivation  # noqa: E402
 from las_mm.visualization import (  # noqa: E402
     computed_share,
     draw_masks,
@@ -33,7 +33,7 @@ CONFIG = ROOT / "configs" / "mask_rcnn_lasnet_r50_overfit.py"
 
 
 def block(stage, mode, granularity, hw, stride=1):
-    return BlockShape(f"b{stage}", stage, mode, granularity, 8, 2, 8, *hw, stride)
+    return BottleneckShape(f"b{stage}", stage, mode, granularity, 8, 2, 8, *hw, stride)
 
 
 def network(input_hw, blocks, masks):
@@ -45,13 +45,10 @@ def network(input_hw, blocks, masks):
     )
     masks = tuple(None if m is None else torch.tensor(m, dtype=torch.float32) for m in masks)
     rates = torch.tensor([1.0 if m is None else m.mean() for m in masks])
-    return NetworkActivation(
-        shape=NetworkShape("net", input_hw, stem, tuple(blocks)),
-        rates=rates,
-        rates_dilated=rates,
-        rates_channel=torch.ones_like(rates),
-        masks=masks,
-    )
+    shape = NetworkShape("net", input_hw, stem, tuple(blocks))
+    axes = ["layer" if block.mode == "layer" else "position" for block in blocks]
+    decisions = [{} if m is None else {axis: m} for axis, m in zip(axes, masks)]
+    return records.record(shape, rates, decisions=decisions)
 
 
 def test_ragged_patches():
@@ -68,23 +65,24 @@ def test_ragged_patches():
 
 
 def test_channels_count_by_their_share():
-    channel = BlockShape("c", 1, "channel", 0, 8, 4, 8, 4, 4, 1, channel_granularity=2)
-    both = BlockShape("b", 2, "both", 2, 8, 4, 8, 4, 4, 1, channel_granularity=1)
+    channel = BottleneckShape("c", 1, "channel", 0, 8, 4, 8, 4, 4, 1, channel_granularity=2)
+    both = BottleneckShape("b", 2, "both", 2, 8, 4, 8, 4, 4, 1, channel_granularity=1)
     decisions = [[[[1, 0], [0, 0]]], [[[1, 1], [1, 1]]]]
     activation = network((16, 16), [channel, both], [None, decisions])
     channels = (
         torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
         torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]]).bool(),
     )
-    activation = replace(activation, masks_channel=channels)
+    decisions = [{**made, "channel": mask} for made, mask in zip(activation.decisions, channels)]
+    activation = replace(activation, decisions=tuple(decisions))
     assert (computed_share(activation, 0, 1) == 0.5).all()
     expected = np.zeros((16, 16), np.float32)
     expected[:8, :8] = 0.75
     np.testing.assert_array_equal(computed_share(activation, 0, 2), expected)
     own = image_activation(activation, 0)
     assert own.rates_channel.tolist() == [0.5, 0.75]
-    assert own.shares[:, 0].tolist() == [0.5, 0.25, 0.5]
-    assert own.shares[1, 1].item() == pytest.approx(0.75**2 / 4)
+    assert own.shares[:3].tolist() == [0.5, 0.25, 0.5]
+    assert own.shares[4].item() == pytest.approx(0.75**2 / 4)
     with pytest.raises(IndexError, match="from 0 to 1"):
         computed_share(activation, 2)
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)

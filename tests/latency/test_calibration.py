@@ -11,39 +11,39 @@ import numpy as np
 import pytest
 import torch
 
+import records
 from las_mm import ops
-from las_mm.benchmark.masks import draw_channel_masks, draw_masks
+from las_mm.drawn_masks import draw_channel_masks, draw_masks
 from las_mm.latency import (
     LatencyTable,
+    LatencyTables,
     block_report,
-    calibrate,
     load_device,
     network_report,
     predict,
     resnet_shape,
     search_granularity,
-    validation,
 )
-from las_mm.latency.calibrate import Settings, measure, read_record
-from las_mm.latency.calibrated import CalibratedDevice, calibration_path
+from las_mm.latency.analytical.operators import static_conv
 from las_mm.latency.differentiable import DifferentiableLatency
-from las_mm.latency.fitted import TERMS, Probes, quantities
-from las_mm.latency.fitting import Accuracy, Observation, StemObservation, fit, predicted_s
-from las_mm.latency.halo import expected_dilated_rate
-from las_mm.latency.measurement import (
+from las_mm.latency.measured import calibrate, validation
+from las_mm.latency.measured.calibrate import Settings, measure, read_record
+from las_mm.latency.measured.calibrated import CalibratedDevice, calibration_path
+from las_mm.latency.measured.fitted import TERMS, Probes, quantities
+from las_mm.latency.measured.fitting import Accuracy, Observation, StemObservation, fit, predicted_s
+from las_mm.latency.measured.halo import expected_dilated_rate
+from las_mm.latency.measured.measurement import (
     BlockRunner,
     Measurement,
     Stopwatch,
     measure_case,
     small_case,
 )
-from las_mm.latency.operators import static_conv
-from las_mm.latency.samples import Case, StemCase, draw_cases, stem_cases
-from las_mm.latency.shapes import MODES, BlockShape
-from las_mm.latency.tables import LatencyTables
+from las_mm.latency.measured.samples import Case, StemCase, draw_cases, stem_cases
+from las_mm.network import MODES, BottleneckShape
 
 PROBES = Probes(1e11, 5e10, ((1e4, 4e11), (1e6, 1e11), (1e8, 3e10)), 2e-5)
-BLOCK = BlockShape("block", 2, "spatial", 4, 512, 128, 512, 56, 56, 1)
+BLOCK = BottleneckShape("block", 2, "spatial", 4, 512, 128, 512, 56, 56, 1)
 
 
 def imagined_seconds(block, batch, rate, dilated, channel=1.0) -> float:
@@ -99,7 +99,9 @@ def fitted():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("granularity", [1, 2, 3, 8])
 def test_halo_is_that_of_drawn_masks(granularity, stride):
-    block = BlockShape("b", 1, "spatial", granularity, 8, 8, 8, 96 * stride, 144 * stride, stride)
+    block = BottleneckShape(
+        "b", 1, "spatial", granularity, 8, 8, 8, 96 * stride, 144 * stride, stride
+    )
     for rate in (0.2, 0.5, 0.8):
         found = []
         for seed in range(4):
@@ -261,11 +263,8 @@ def test_table_equals_report_and_has_gradients(fitted):
     static = network_report(fitted, network.static(), 1.0, batch_size=4).latency_s
     assert table.static_s == pytest.approx(static)
 
-    from las_mm.models.activation import NetworkActivation
-
     leaf = torch.full((len(network.blocks),), 0.5, requires_grad=True)
-    ones = torch.ones(len(network.blocks))
-    activation = NetworkActivation(network, leaf, leaf.detach(), ones, (None,) * len(ones))
+    activation = records.record(network, leaf, leaf.detach())
     DifferentiableLatency(LatencyTables(fitted, 4)).report(activation).ratio.backward()
     assert (leaf.grad > 0).all()
 

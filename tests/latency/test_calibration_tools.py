@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from conftest import load_tool
-from las_mm.latency import calibrate, load_device
-from las_mm.latency.fitted import Probes
-from las_mm.latency.halo import expected_dilated_rate
-from las_mm.latency.measurement import Measurement, Stopwatch
-from las_mm.latency.samples import StemCase
-from las_mm.preflight import UserError
+from las_mm.cli import validate
+from las_mm.errors import UserError
+from las_mm.latency import load_device
+from las_mm.latency.measured import calibrate
+from las_mm.latency.measured.fitted import Probes
+from las_mm.latency.measured.halo import expected_dilated_rate
+from las_mm.latency.measured.measurement import Measurement, Stopwatch
+from las_mm.latency.measured.samples import StemCase
 
 PROBES = Probes(1e11, 5e10, ((1e4, 4e11), (1e6, 1e11), (1e8, 3e10)), 2e-5)
 
@@ -49,7 +51,7 @@ def test_calibrate_then_validate(machine, capsys):
 
     report = machine / "report.md"
     checker = load_tool("validate_latency")
-    parts = "".join(f"<!-- validation: {part} -->\nold {part}\n" for part in checker.PARTS)
+    parts = "".join(f"<!-- validation: {part} -->\nold {part}\n" for part in validate.PARTS)
     text = f"before\n<!-- validation: begin -->\n{parts}<!-- validation: end -->\nafter\n"
     report.write_text(text)
     options = ["--cases", "40", "--visits", "1", "--parts", "blocks", "--write", str(report)]
@@ -74,10 +76,9 @@ def test_calibrate_then_validate(machine, capsys):
         ("validate_latency", ["--write", "missing.md"], "--write missing.md does not exist"),
     ],
 )
-def test_refusals(machine, name, arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        load_tool(name).main(arguments)
-    assert message in str(end.value.code)
+def test_refusals(machine, name, arguments, message, refused):
+    said = refused(load_tool(name).main, arguments)
+    assert said.startswith(f"{name}.py: error: ") and message in said
 
 
 def test_missing_library_is_named_before_measuring(machine, monkeypatch):
@@ -88,16 +89,15 @@ def test_missing_library_is_named_before_measuring(machine, monkeypatch):
 
 
 def test_one_part_keeps_the_tables_of_the_others(tmp_path):
-    checker = load_tool("validate_latency")
-    path, empty = tmp_path / "report.md", f"a\n{checker.BEGIN}\n{checker.END}\nb\n"
-    found = {part: [f"| {part} |", ""] for part in checker.PARTS}
-    text = checker.merge(empty, found, path)
+    path, empty = tmp_path / "report.md", f"a\n{validate.BEGIN}\n{validate.END}\nb\n"
+    found = {part: [f"| {part} |", ""] for part in validate.PARTS}
+    text = validate.merge(empty, found, path)
     assert text.startswith("a\n") and text.endswith("\nb\n")
-    for part in checker.PARTS:
-        again = checker.merge(text, {part: ["new"]}, path)
+    for part in validate.PARTS:
+        again = validate.merge(text, {part: ["new"]}, path)
         assert again == text.replace(f"| {part} |", "new")
-    assert checker.merge(empty, {"search": ["new"]}, path).count("validation: ") == 3
-    unnamed = f"a\n{checker.BEGIN}\n| tables |\n{checker.END}\nb\n"
+    assert validate.merge(empty, {"search": ["new"]}, path).count("validation: ") == 3
+    unnamed = f"a\n{validate.BEGIN}\n| tables |\n{validate.END}\nb\n"
     with pytest.raises(UserError, match="the others than search would be lost.*leave --parts out"):
-        checker.merge(unnamed, {"search": ["new"]}, path)
-    assert "| tables |" not in checker.merge(unnamed, found, path)
+        validate.merge(unnamed, {"search": ["new"]}, path)
+    assert "| tables |" not in validate.merge(unnamed, found, path)

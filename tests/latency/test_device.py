@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from las_mm.latency import KINDS, Device, available_devices, load_device
-from las_mm.latency.device import NUMBER_FIELDS
+from las_mm.latency.analytical.device import NUMBER_FIELDS
 
 # docs/latency_model.md: n_pe, lanes, Hz, bytes/s, k, batch
 TABLE = {

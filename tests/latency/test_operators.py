@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from las_mm.latency import Report, load_device
-from las_mm.latency import operators as ops
-from las_mm.latency.tiling import candidates
+from las_mm.latency.analytical import operators as ops
+from las_mm.latency.analytical.tiling import candidates
 
 TINY = 1e-12
 

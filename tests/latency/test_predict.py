@@ -189,9 +189,12 @@ def without_an_operator() -> LASResNet:
     [
         (Stranger, "Stranger has no backbone with a latency model.*found none"),
         (lambda: nn.ModuleList([backbone(), backbone()]), "found 0, 1"),
-        (with_linear, "layer2.0.gate of LASResNet is a Linear, for which there is no latency"),
-        (with_another_convolution, "54 convolutions, its shape counts 53"),
-        (without_an_operator, "52 convolutions, its shape counts 53"),
+        (with_linear, "layer2.0.gate of LASResNet is a Linear that its block does not describe"),
+        (
+            with_another_convolution,
+            "layer2.0.extra of LASResNet is a Conv2d that its block",
+        ),
+        (without_an_operator, "layer1.0 of LASResNet describes conv2, which has no layer"),
     ],
 )
 def test_what_has_no_model_raises(make, message):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from las_mm.latency import (
-    BlockShape,
+    BottleneckShape,
     ConvShape,
     LatencyTable,
     NetworkShape,
@@ -19,11 +19,12 @@ from las_mm.latency import (
     paper_report,
     resnet_shape,
 )
-from las_mm.latency.operators import static_conv
+from las_mm.latency.analytical.costs import operator_cost
+from las_mm.latency.analytical.operators import static_conv
 
 
 def _block(**changes):
-    block = BlockShape("b", 1, "spatial", 4, 256, 64, 256, 56, 56, 1)
+    block = BottleneckShape("b", 1, "spatial", 4, 256, 64, 256, 56, 56, 1)
     return replace(block, **changes)
 
 
@@ -62,7 +63,9 @@ def test_published_networks(device, depth, mode, granularity, ms):
 )
 def test_what_coarse_granularity_buys(device, stage, ratios):
     size, channels = 56 >> (stage - 1), 256 << (stage - 1)
-    block = BlockShape("b", stage, "static", 0, channels, channels // 4, channels, size, size, 1)
+    block = BottleneckShape(
+        "b", stage, "static", 0, channels, channels // 4, channels, size, size, 1
+    )
     static = block_report(device, block).latency_s
     for granularity, ratio in ratios.items():
         mode = "spatial" if granularity else "layer"
@@ -113,12 +116,17 @@ def test_the_dilated_rate_is_charged_to_conv1_only():
     assert true.children[1:] == paper.children[1:]
 
 
+def positions_of_conv1(block):
+    conv1 = next(op for op in block.operators if op.name == "conv1")
+    return operator_cost(conv1, load_device("tx2"), 1).cost.positions
+
+
 def test_strides_by_style_and_sizes_that_do_not_divide():
     pytorch = _block(stride=2, h_in=75, w_in=101)
     assert (pytorch.h_out, pytorch.w_out, pytorch.n_patches) == (38, 51, 10 * 13)
-    assert (pytorch.conv2_stride, pytorch.n_patches_conv1) == (2, 19 * 26)
+    assert (pytorch.conv2_stride, positions_of_conv1(pytorch)) == (2, 19 * 26)
     caffe = replace(pytorch, conv1_stride=2)
-    assert (caffe.conv2_stride, caffe.n_patches_conv1) == (1, 10 * 13)
+    assert (caffe.conv2_stride, positions_of_conv1(caffe)) == (1, 10 * 13)
     assert block_report("tx2", caffe, 0.5).latency_s < block_report("tx2", pytorch, 0.5).latency_s
 
 
@@ -225,7 +233,7 @@ def test_bad_rates_are_named(rates, dilated, message):
         (lambda: ConvShape("c", 3, 8, 7, 2, 2, 4, 4), "groups must divide"),
         (lambda: PoolShape("p", 8, 3, 2, 4, 0), "w_out must be"),
         (lambda: NetworkShape("n", (4, 4), (), ()), "at least one block"),
-        (lambda: NetworkShape("n", (4, 4), (_block(),), (_block(),)), "stem must hold ConvShape"),
+        (lambda: NetworkShape("n", (4, 4), (_block(),), (_block(),)), "stem must hold Operators"),
         (lambda: resnet_shape(34), "depth must be one of 50, 101, 152, got 34"),
         (lambda: resnet_shape(50, mode="dynamic"), "unknown mode 'dynamic'"),
         (

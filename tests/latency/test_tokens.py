@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from las_mm.latency import load_device
-from las_mm.latency import operators as ops
-from las_mm.latency.tokens import (
+from las_mm.latency.analytical import operators as ops
+from las_mm.latency.analytical.tokens import (
     TransformerShape,
     attention,
     layer_norm,

@@ -19,8 +19,8 @@ from las_mm.models import (
     collect_activations,
     flops_report,
 )
-from las_mm.models.activation import work_shares
-from las_mm.models.flops import block_macs, masker_macs
+from las_mm.models.activation import Activation, channel_rates
+from las_mm.models.flops import masker_macs
 from las_mm.models.maskers import expand_channels, is_masker
 from las_mm.models.sparse import masked_dense
 
@@ -209,8 +209,9 @@ def test_block_skips_channels(mode, position, size, granularity, stride, masker,
             masks = [block._decide(x[n : n + 1])[0] for n in range(3)]
         rates = torch.stack([mask.mean() for mask in masks])
     pairs = torch.einsum("ni,no->nio", kept, kept).mean((1, 2))
-    torch.testing.assert_close(activation.shares[1], (rates * pairs).mean())
-    torch.testing.assert_close(activation.shares[2], (rates * kept.mean(1)).mean())
+    terms = {op.name: op.term for op in block.describe("", 0, (8, 8)).operators}
+    torch.testing.assert_close(activation.share(terms["conv2"]), (rates * pairs).mean())
+    torch.testing.assert_close(activation.share(terms["conv3"]), (rates * kept.mean(1)).mean())
 
 
 @settings(max_examples=30, deadline=None)
@@ -219,7 +220,7 @@ def test_block_skips_channels(mode, position, size, granularity, stride, masker,
     groups=st.sampled_from([1, 2, 4, 12]),
     seed=st.integers(0, 2**16),
 )
-def test_work_shares_count_every_product(images, groups, seed):
+def test_shares_count_every_product(images, groups, seed):
     torch.manual_seed(seed)
     channels = (torch.rand(images, 12) < 0.6).double()
     rate, dilated = torch.rand(2, images).double()
@@ -227,7 +228,18 @@ def test_work_shares_count_every_product(images, groups, seed):
     pairs = (same_group[:, None] == same_group).double()
     computed = torch.einsum("ni,no,io->n", channels, channels, pairs) / pairs.sum()
     expected = torch.stack([dilated * channels.mean(1), rate * computed, rate * channels.mean(1)])
-    torch.testing.assert_close(work_shares(rate, dilated, channels, groups), expected.mean(1))
+    one = torch.ones((), dtype=torch.float64)
+    rates = {"position": rate, "position_dilated": dilated, **channel_rates(channels, groups)}
+    gates = (
+        ("channel_out", "position_dilated"),
+        ("channel_in", "channel_out", "position"),
+        ("channel_in", "position"),
+    )
+    activation = Activation(one, rates)
+    shares = torch.stack([activation.share((gate, groups)) for gate in gates[1:2]])
+    torch.testing.assert_close(shares, expected.mean(1)[1:2])
+    shares = torch.stack([activation.share((gate, 1)) for gate in gates[::2]])
+    torch.testing.assert_close(shares, expected.mean(1)[::2])
 
 
 @pytest.mark.parametrize("kind", ["mlp", "mlp1", "conv_linear"])
@@ -255,7 +267,8 @@ def test_flops(mode, kind):
     spatial_too = 32 * pixels - 2 * 32 * 64 if mode == "both" else 0
     assert exact == spatial_too + (32 * 8 * (pixels - 1) if kind == "conv_linear" else 0)
 
-    conv1, conv2, conv3, _ = block_macs(block)
+    convs = [op for op in block.operators if op.name in ("conv1", "conv2", "conv3")]
+    conv1, conv2, conv3 = (op.macs() for op in convs)
     r, dilated, rho = (
         values[1].item()
         for values in (activation.rates, activation.rates_dilated, activation.rates_channel)
@@ -264,8 +277,8 @@ def test_flops(mode, kind):
     masker = spatial + channel[kind]
     work = conv1 * dilated * rho + conv2 * r * rho**2 + conv3 * r * rho + masker
     assert released == pytest.approx(work / (conv1 + conv2 + conv3 + masker), rel=1e-6)
-    shares = net.layer1[1].activation.shares.double()
-    work = (shares * torch.tensor([conv1, conv2, conv3])).sum().item() + masker_macs(block)
+    shares = [net.layer1[1].activation.share(op.term).item() for op in convs]
+    work = sum(share * op.macs() for share, op in zip(shares, convs)) + masker_macs(block)
     ratio = flops_report(activation).block_ratios[1].item()
     assert ratio == pytest.approx(work / (conv1 + conv2 + conv3), rel=1e-6)
 

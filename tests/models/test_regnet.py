@@ -13,14 +13,14 @@ from torch import nn
 
 import las_mm
 from las_mm import ops
-from las_mm.benchmark.masks import force_masks
 from las_mm.benchmark.subject import fold_batchnorm, randomize
 from las_mm.benchmark.twins import plain_twin
+from las_mm.drawn_masks import force_masks
 from las_mm.latency import predict
-from las_mm.latency.regnet import regnet_shape
 from las_mm.models import LASRegNet, collect_activations, flops_report, plan, sparse
 from las_mm.models.excitation import SqueezeExcitation
 from las_mm.models.released import convert_regnet, regnet_arguments
+from las_mm.network.architectures import regnet_shape
 from las_mm.registry import MODELS
 
 GOLDEN = Path(os.environ.get("LAS_MM_GOLDEN", "../shared/golden"))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from las_mm import ops
-from las_mm.benchmark.masks import force_masks
+from las_mm.drawn_masks import force_masks
 from las_mm.models import LASResNet, collect_activations, plan, sparse
 
 pytestmark = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def check(net, x, tolerance):
         assert error <= tolerance
     for name in ("rates", "rates_dilated", "rates_channel"):
         torch.testing.assert_close(getattr(after, name), getattr(before, name), rtol=0, atol=1e-6)
-    torch.testing.assert_close(after.work(), before.work(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(after.shares, before.shares, rtol=0, atol=1e-6)
     for ours, theirs in zip(after.masks_channel, before.masks_channel):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from las_mm.benchmark.masks import draw_masks
+from las_mm.drawn_masks import draw_masks
 from las_mm.fileio import write_atomically
 from las_mm.models import LASResNet
 

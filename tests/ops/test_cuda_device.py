@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
+from las_mm import drawn_masks as masks
 from las_mm import ops
-from las_mm.benchmark import cuda_engines, masks
+from las_mm.benchmark import cuda_engines
 from las_mm.benchmark.contest import relative_error
 from las_mm.benchmark.subject import randomize
 from las_mm.models import LASResNet, sparse

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from las_mm.latency.regnet import ARCHS, regnet_stages
-from las_mm.latency.shapes import channel_hidden
+from las_mm.network.architectures import ARCHS, regnet_stages
+from las_mm.network.bottleneck import channel_hidden
 
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.")
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}

@@ -1,0 +1,1 @@
+"""The papers' latency model: operators on a device of processing engines and two bandwidths."""

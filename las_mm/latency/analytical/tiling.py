@@ -1,0 +1,352 @@
+"""The search for the cheapest tiling, and the efficiencies it weighs (docs/latency_model.md).
+
+A tile is a (c, h, w) box of output values; for spatially dynamic operators it also handles q
+patches at a time. Arrays below are broadcast over the axes (c, h, w) or (c, h, w, q), one entry
+per tiling, and n is the number of patches of one image. Results are cached, since networks repeat
+their blocks.
+"""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Callable
+
+import numpy as np
+
+from ..report import Report
+from .device import Device
+
+GATHER_LIMIT = 256  # a dynamic convolution considers at most this many patches per tile
+_CACHE = 4096
+_Size = np.ndarray  # one axis of the tile, broadcast against the others
+_Times = tuple[np.ndarray, np.ndarray]  # seconds of compute, of memory
+_Axes = tuple[tuple[float, ...], ...]  # candidates for (c, h, w, q)
+
+
+@dataclass(frozen=True)
+class PatchCost:
+    """The cost of a spatially dynamic operator as a function of the number of patches n.
+
+    Once its tiling is chosen, an operator costs
+    ``launch + memory_fixed + n * memory_per_patch + ceil(n / patches_per_tile) * compute``,
+    so a whole curve over n costs no further search. All times in seconds per batch.
+    """
+
+    name: str
+    positions: int
+    launch_s: float
+    memory_fixed_s: float
+    memory_per_patch_s: float
+    compute_per_round_s: float
+    patches_per_tile: int
+
+    def report(self, n_patches: int) -> Report:
+        """The cost at ``n_patches`` active patches per image, 0 to ``positions``.
+
+        Raises:
+            ValueError: ``n_patches`` is no integer in that range.
+        """
+        if (
+            isinstance(n_patches, bool)
+            or not isinstance(n_patches, numbers.Integral)
+            or not 0 <= n_patches <= self.positions
+        ):
+            raise ValueError(
+                f"{self.name}: n_patches must be an integer from 0 to "
+                f"{self.positions}, got {n_patches!r}"
+            )
+        rounds = -(-int(n_patches) // self.patches_per_tile)
+        return Report(
+            self.name,
+            rounds * self.compute_per_round_s,
+            self.memory_fixed_s + n_patches * self.memory_per_patch_s,
+            self.launch_s,
+        )
+
+    def seconds(self, n_patches: np.ndarray) -> np.ndarray:
+        """Latency for an array of patch counts, of the same shape."""
+        return (
+            self.launch_s
+            + self.memory_fixed_s
+            + n_patches * self.memory_per_patch_s
+            + np.ceil(n_patches / self.patches_per_tile) * self.compute_per_round_s
+        )
+
+
+@lru_cache(maxsize=_CACHE)
+def candidates(n: int) -> tuple[float, ...]:
+    """Tile sizes to try on an axis of size ``n``, ascending; a tile may overhang the axis."""
+    sizes = {1 << i for i in range(8) if 1 << i <= 2 * n}
+    sizes.update(-(-n // i) for i in range(1, min(n, 8)))
+    sizes.update(range(2, min(n, 8)))
+    return tuple(float(size) for size in sorted(sizes))
+
+
+@lru_cache(maxsize=_CACHE)
+def search_conv(
+    device: Device,
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    h_out: int,
+    w_out: int,
+    stride: int,
+    groups: int,
+    dilation: int,
+    batch_size: int,
+    has_output: bool,
+) -> tuple[float, float]:
+    """Seconds of (compute, memory) of a dense convolution.
+
+    ``has_output=False`` is the masker of a skipped layer: the input is read, nothing is computed
+    or written, and the weights are read only for a batch.
+    """
+    c, h, w = grid(c_out, h_out, w_out)
+    n_tiles = np.ceil(c_out / c) * np.ceil(h_out / h) * np.ceil(w_out / w)
+    depth = c_in // groups
+    weight = depth * kernel * kernel * (has_output or batch_size > 1)
+    output = batch_size * has_output
+    compute = (
+        batch_size
+        * has_output
+        * c
+        * h
+        * w
+        * depth
+        * kernel
+        * kernel
+        / device.macs_per_s_per_pe
+        / lane(device, c * h * w)
+        * np.ceil(n_tiles / device.n_pe)
+    )
+    tile = (
+        c * weight
+        + c * h * w * output
+        + np.ceil(c / (c_out // groups))
+        * depth
+        * batch_size
+        * window(h, w, kernel, stride, dilation)
+    )
+    dram = (
+        c_out * weight
+        + c_in * h_out * stride * w_out * stride * batch_size
+        + c_out * h_out * w_out * output
+    )
+    memory = dram / device.dram_values_per_s + n_tiles * tile / device.l2_values_per_s / request(
+        device, w, w_out - w
+    )
+    return cheapest(compute, memory)
+
+
+@lru_cache(maxsize=_CACHE)
+def search_map_op(
+    device: Device,
+    channels: int,
+    h_out: int,
+    w_out: int,
+    operations: int,
+    kernel: int,
+    stride: int,
+    batch_size: int,
+) -> tuple[float, float]:
+    """Seconds of (compute, memory) of an element-wise add (``kernel`` 0) or of a pooling."""
+    c, h, w = grid(channels, h_out, w_out)
+    n_tiles = np.ceil(channels / c) * np.ceil(h_out / h) * np.ceil(w_out / w)
+    compute = (
+        batch_size
+        * c
+        * h
+        * w
+        * operations
+        / device.macs_per_s_per_pe
+        / lane(device, c * h * w)
+        * np.ceil(n_tiles / device.n_pe)
+    )
+    if kernel:
+        reads = ((h - 1) * stride + kernel) * ((w - 1) * stride + kernel)
+    else:
+        reads = 2 * h * w
+    memory = n_tiles * c * (reads + h * w) * batch_size / device.dram_values_per_s
+    return cheapest(compute, memory)
+
+
+@lru_cache(maxsize=_CACHE)
+def search_value_op(
+    device: Device,
+    channels: int,
+    height: int,
+    width: int,
+    operations: int,
+    reads: int,
+    writes: bool,
+    batch_size: int,
+) -> tuple[float, float]:
+    """Seconds of (compute, memory) of an operator on the values of a map.
+
+    Per value of the map ``operations`` are done and ``reads`` values read; every value is written
+    (``writes``), or one per channel and tile, as by a sum over the map.
+    """
+    c, h, w = grid(channels, height, width)
+    n_tiles = np.ceil(channels / c) * np.ceil(height / h) * np.ceil(width / w)
+    compute = (
+        batch_size
+        * c
+        * h
+        * w
+        * operations
+        / device.macs_per_s_per_pe
+        / lane(device, c * h * w)
+        * np.ceil(n_tiles / device.n_pe)
+    )
+    written = h * w if writes else 1
+    memory = n_tiles * c * (reads * h * w + written) * batch_size / device.dram_values_per_s
+    return cheapest(compute, memory)
+
+
+@lru_cache(maxsize=_CACHE)
+def search_dynamic_conv(
+    device: Device,
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    h_out: int,
+    w_out: int,
+    granularity: int,
+    stride: int,
+    groups: int,
+    dilation: int,
+    gathered: bool,
+    batch_size: int,
+    name: str,
+) -> PatchCost:
+    """The cost curve of a convolution on patches, its tiling chosen at the mean patch count."""
+    side = granularity
+    depth = c_in // groups
+    weight = depth * kernel * kernel
+
+    def times(n: float, c: _Size, h: _Size, w: _Size, q: _Size) -> _Times:
+        n_tiles = np.ceil(c_out / c) * np.ceil(side / h) * np.ceil(side / w)
+        compute = (
+            c
+            * h
+            * w
+            * weight
+            * q
+            / device.macs_per_s_per_pe
+            / lane(device, c * h * w * batch_size * q)
+            * np.ceil(n / q)
+            * batch_size
+            * np.ceil(n_tiles / device.n_pe)
+        )
+        under = window(h, w, kernel, stride, dilation)
+        tile = (
+            c * weight
+            + np.ceil(c / (c_out // groups)) * depth * under * n * batch_size
+            + c * h * w * n * batch_size
+        )
+        source = c_in * h_out * stride * w_out * stride * batch_size
+        if gathered:
+            source = n * c_in * window(side, side, kernel, stride, dilation) * batch_size
+        dram = c_out * weight + source + n * c_out * side * side * batch_size
+        memory = dram / device.dram_values_per_s + n_tiles * tile / device.l2_values_per_s
+        return compute, memory
+
+    axes = patch_axes(c_out, side, GATHER_LIMIT)
+    return search_patches(name, device, -(-h_out // side) * -(-w_out // side), axes, times)
+
+
+@lru_cache(maxsize=_CACHE)
+def search_scatter_add(
+    device: Device,
+    channels: int,
+    height: int,
+    width: int,
+    granularity: int,
+    batch_size: int,
+    name: str,
+) -> PatchCost:
+    """The cost curve of a scatter-add, its tiling chosen at the mean patch count."""
+    side = granularity
+
+    def times(n: float, c: _Size, h: _Size, w: _Size, q: _Size) -> _Times:
+        n_tiles = np.ceil(channels / c) * np.ceil(side / h) * np.ceil(side / w)
+        compute = (
+            c
+            * h
+            * w
+            * q
+            / device.macs_per_s_per_pe
+            / lane(device, c * h * w * batch_size * q)
+            * np.ceil(n / q)
+            * batch_size
+            * np.ceil(n_tiles / device.n_pe)
+        )
+        dram = (n * channels * side * side + 2 * channels * height * width) * batch_size
+        tile = 3 * c * h * w * n * batch_size
+        memory = (
+            dram / device.dram_values_per_s
+            + n_tiles * tile / device.l2_values_per_s / request(device, w, side - w)
+        )
+        return compute, memory
+
+    positions = -(-height // side) * -(-width // side)
+    return search_patches(name, device, positions, patch_axes(channels, side, positions), times)
+
+
+def search_patches(
+    name: str, device: Device, positions: int, axes: _Axes, times: Callable[..., _Times]
+) -> PatchCost:
+    """Choose the tiling for the mean count over 1..positions, which need not be an integer.
+
+    Tilings often tie at that count and differ elsewhere. The reference takes the first of the
+    least rounded totals, so ``times`` keeps the document's order of operations and the axes
+    ascend; a tidier expression changes the published figures by up to 1 %.
+    """
+    compute, memory = times((positions + 1) / 2, *np.meshgrid(*axes, indexing="ij", sparse=True))
+    total = compute + memory
+    index = np.unravel_index(int(np.argmin(total)), total.shape)
+    tile = [np.asarray(axis[i]) for axis, i in zip(axes, index)]
+    fixed = float(times(0, *tile)[1])
+    slope = (float(times(positions, *tile)[1]) - fixed) / positions
+    return PatchCost(
+        name, positions, device.launch_s, fixed, slope, float(times(1, *tile)[0]), int(tile[3])
+    )
+
+
+def grid(*sizes: int) -> tuple[np.ndarray, ...]:
+    return tuple(np.meshgrid(*(candidates(n) for n in sizes), indexing="ij", sparse=True))
+
+
+def patch_axes(channels: int, side: int, patches: int) -> _Axes:
+    # Unlike a tile of a map, a tile of a patch does not overhang it.
+    sides = tuple(size for size in candidates(side) if size <= side)
+    return candidates(channels), sides, sides, candidates(patches)
+
+
+def window(h: Any, w: Any, kernel: int, stride: int, dilation: int) -> Any:
+    """Input values per channel under an h x w output tile, as the model counts them."""
+    halo = (kernel - 1) * dilation
+    return (h + halo) * stride * (w + halo) * stride
+
+
+def lane(device: Device, size: np.ndarray) -> np.ndarray:
+    """Share of a processing engine's in-flight slots that ``size`` operations fill."""
+    slots = device.macs_in_flight_per_lane * device.lanes
+    return size / (np.ceil(size / slots) * slots)
+
+
+def request(device: Device, w: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """Useful share of the memory requests for rows of ``w`` values, ``gap`` values apart."""
+    wide = device.request_width
+    gap = np.maximum(gap, 0)
+    short = np.where(w + gap > wide, w / wide, w / (w + gap))
+    return np.where(w > wide, w / (np.ceil(w / wide) * wide), short)
+
+
+def cheapest(compute: np.ndarray, memory: np.ndarray) -> tuple[float, float]:
+    """(compute, memory) of the first tiling of least total."""
+    compute, memory = np.broadcast_arrays(compute, memory)
+    best = int(np.argmin(compute + memory))
+    return float(compute.flat[best]), float(memory.flat[best])

@@ -1,0 +1,1 @@
+"""A latency model fitted to measurements on the machine at hand."""
