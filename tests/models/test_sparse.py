@@ -896,4 +896,5 @@ def test_rates_counted_when_asked_for(mode):
         geometry = (block.input_hw, granularity, strides, block.dilation)
         mask, axes = known.mask, tuple(known.rates)
         asked = sparse._spatial_activation(torch.ones(()), mask, axes, *geometry)
-        assert asked.rates == pytest.approx(known.rates)
+        assert asked.rates.keys() == known.rates.keys()
+        torch.testing.assert_close(dict(asked.rates), dict(known.rates))
