@@ -402,7 +402,7 @@ def check_layer_masks(machine):
     weight, bias, _ = sparse.make_masker(block, "none")
     keep, scale = sparse.scores(block.x, weight, bias, None, block.granularity, (1, 1))
     signs = torch.tensor([1, -1, 1, -1]).view(-1, 1, 1, 1)
-    masker = (weight, bias, (1e-2 * signs * scale - keep).float())
+    masker = (weight, bias, (3e-4 * signs * scale - keep).float())
     mask, rates = machine("spatial_mask", block.x, *masker, block.granularity, (1, 1), 1)
     sparse.check_decisions(block.x, block, masker, mask, rates)
 
