@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "las_mm::cuda::"
-TILE = "SparseGemm<Tile<__half, 128, 2, 64, true, false> >"
+TILE = "SparseGemm<Tile<__half, 128, 2, 64, 64, true, false, false> >"
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +203,10 @@ class TestConstants:
             pytest.skip("needs g++")
         kernels = [
             TILE,
-            "SparseGemm<Tile<float, 64, 1, 32, true, true> >",
-            "SparseGemm<Tile<__half, 64, 1, 0, false, false> >",
-            "SparseGemm<Tile<float, 64, 1, 0, false, false> >",
-            "SparseGemm<Selected<Tile<__half, 64, 1, 32, true, false> > >",
+            "SparseGemm<Tile<float, 64, 1, 32, 32, true, true, false> >",
+            "SparseGemm<Tile<__half, 64, 1, 0, 0, false, false, false> >",
+            "SparseGemm<Tile<float, 64, 1, 0, 0, false, false, false> >",
+            "SparseGemm<Selected<Tile<__half, 64, 1, 32, 32, true, false, false> > >",
             "ReluRows<__nv_bfloat16>",
             "DecidePatches<__half, 256>",
         ]
@@ -217,7 +217,7 @@ class TestConstants:
 
     def test_come_from_the_headers(self, constants):
         large = constants[TILE]
-        assert (large.rows, large.columns, large.threads) == (128, 128, 256)
+        assert (large.rows, large.columns, large.threads) == (128, 128, 128)
         assert large.shared > 3 * (128 + 128) * 16 * 4 and large.min_blocks >= 1
         decide = constants["DecidePatches<__half, 256>"]
         assert decide.threads == 256 and decide.shared == 8 * 4 and not decide.rows

@@ -1,11 +1,13 @@
 """las_mm.explain: what each block did and took."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import las_mm
 from las_mm import ops
-from las_mm.models import LASResNet
+from las_mm.models import LASResNet, coverage
 
 pytestmark = pytest.mark.skipif(not ops.native_available(), reason="NATIVE OPS NOT BUILT")
 
@@ -80,3 +82,20 @@ def test_errors(model):
 def test_unknown_attribute_of_the_package():
     with pytest.raises(AttributeError, match="no attribute 'explian'"):
         las_mm.explian  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "dtype, capability, refused",
+    [
+        (torch.float16, (7, 0), "from compute capability 7.5 on, and this GPU has 7.0"),
+        (torch.float16, (7, 5), None),
+        (torch.bfloat16, (7, 5), "from compute capability 8.0 on, and this GPU has 7.5"),
+        (torch.bfloat16, (9, 0), None),
+        (torch.float32, (7, 0), None),
+    ],
+)
+def test_gpu_without_tensor_cores_for_a_dtype(dtype, capability, refused, monkeypatch):
+    monkeypatch.setattr(coverage, "_capability", lambda index: capability)
+    x = SimpleNamespace(is_cuda=True, dtype=dtype, device=SimpleNamespace(index=0))
+    reason = coverage.obstacle(x)
+    assert reason is None if refused is None else refused in reason

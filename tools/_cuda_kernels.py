@@ -102,18 +102,10 @@ struct Product {
 };
 template <class Tile>
 struct Product<SparseGemm<Tile>> {
-  static bool is_meant(int capability) {
-    Gpu gpu{};
-    gpu.capability = capability;
-    for (int allow_tf32 = 0; allow_tf32 < 2; ++allow_tf32) {
-      gpu.allow_tf32 = allow_tf32 != 0;
-      if (has_tensor_cores<typename Tile::T>(gpu) == Tile::kTensorCores) return true;
-    }
-    return false;
-  }
+  static bool is_meant(int capability) { return is_launched<Tile>(capability); }
   static void print() {
-    std::printf(" %d %d %d %d %d", Tile::kRows, Tile::kColumns, Tile::kTensorCores, Tile::kScores,
-                !Tile::kConvert);
+    std::printf(" %d %d %d %d %d %d", Tile::kRows, Tile::kColumns, Tile::kTensorCores,
+                Tile::kScores, !Tile::kConvert, Tile::kDeep);
   }
 };
 template <class Kernel>
@@ -146,6 +138,7 @@ class Constants:
     tensor_cores: int = 0
     scores: int = 0
     copies: int = 0  # asynchronous ones to shared memory, where the GPU has them
+    deep: int = 0
 
     @property
     def title(self) -> str:
@@ -157,7 +150,8 @@ class Constants:
         selected = " selected" if "Selected<" in names else ""
         unit = "tensor cores" if self.tensor_cores else "plain"
         scores = " scores" if self.scores else ""
-        return f"{name} {element} {self.rows}x{self.columns} {unit}{scores}{selected}"
+        deep = " deep" if self.deep else ""
+        return f"{name} {element} {self.rows}x{self.columns} {unit}{deep}{scores}{selected}"
 
 
 def read_constants(

@@ -185,9 +185,8 @@ class DynamicBlock(nn.Module):
     @property
     def activation(self) -> Activation | None:
         """What the last forward pass did, ``None`` before the first."""
-        if callable(self._activation):
-            self._activation = self._activation()
-        return self._activation
+        # Counted anew each time: a CUDA graph's next replay changes the masks in place.
+        return self._activation() if callable(self._activation) else self._activation
 
     @activation.setter
     def activation(self, value: Activation | Callable[[], Activation] | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -173,7 +174,32 @@ def obstacle(x: Tensor) -> str | None:
         mode = type(torch._C._get_dispatch_stack_at(i))
         if mode not in _HARMLESS:
             return f"a {mode.__name__} is at work"
-    return foreign(x)
+    return foreign(x) or _slow_on_card(x)
+
+
+# Below, las_mm's kernels run on plain float32 arithmetic, which loses against a dense network.
+_TENSOR_CORES = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
+
+
+def _slow_on_card(x: Tensor) -> str | None:
+    if not x.is_cuda or x.dtype not in _TENSOR_CORES:
+        return None
+    least, capability = _TENSOR_CORES[x.dtype], _capability(x.device.index)
+    if capability >= least:
+        return None
+    return (
+        f"las_mm multiplies {str(x.dtype).removeprefix('torch.')} on tensor cores from compute "
+        f"capability {least[0]}.{least[1]} on, and this GPU has {capability[0]}.{capability[1]}"
+    )
+
+
+# Below, las_mm's kernels run on plain float32 arithmetic, which loses against a dense network.
+_TENSOR_CORES = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def check_class(module: nn.Module, what: str) -> None:

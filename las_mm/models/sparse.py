@@ -8,7 +8,7 @@ does the work ahead of the first image. Nothing of the training form changes: pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,7 @@ from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
 from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION
 
 RUNTIMES = ("auto", "sparse", "dense")
+Record = Activation | Callable[[], Activation]  # the latter counts when asked
 
 
 def check_runtime(value: object) -> str:
@@ -225,20 +226,24 @@ class FastBlock:
     def _choose(self, block: nn.Module, x: Tensor) -> Choice:
         raise NotImplementedError
 
-    def _positions(self, block: nn.Module, x: Tensor) -> tuple[Tensor | None, int, Activation]:
+    def _positions(self, block: nn.Module, x: Tensor) -> tuple[Tensor | None, int, Record]:
         """Decisions about positions, S, and what is known of the block's activation by them."""
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
         if self.masker is None:
             return None, granularity, Activation(self.one)
         masker, weight, bias = self.masker
-        mask, found = ops.spatial_mask(
-            x, weight, bias, masker.offset, granularity, self.strides, self.dilation
-        )
         axes = (LAYER,) if block.mode == "layer" else (POSITION, DILATED)
+        arguments = (weight, bias, masker.offset, granularity, self.strides, self.dilation)
+        if x.is_cuda and not (compat.is_compiling() or compat.is_exporting()):
+            # Rates take launches of their own there, which nobody may ask for.
+            mask = torch.ops.las_mm.patch_mask(x, *arguments)
+            geometry = (tuple(x.shape[2:]), granularity, self.strides, self.dilation)
+            return mask, granularity, partial(_spatial_activation, self.one, mask, axes, *geometry)
+        mask, found = ops.spatial_mask(x, *arguments)
         known = Activation(self.one, dict(zip(axes, found.unbind())), {axes[0]: mask})
         return mask, granularity, known
 
-    def _channels(self, block: nn.Module, x: Tensor, known: Activation) -> Tensor:
+    def _channels(self, block: nn.Module, x: Tensor, known: Record) -> Tensor:
         """Decisions about channels, (N, groups) bool; leaves ``block.activation``."""
         assert self.masker_channel is not None
         if self.channel_layers is None:
@@ -442,8 +447,25 @@ class FastBottleneck(FastBlock):
         return ops.channel_bottleneck(x, *tensors, shortcut, *geometry, cost, self.excitation)
 
 
+def _spatial_activation(
+    one: Tensor,
+    mask: Tensor,
+    axes: Sequence[str],
+    input_hw: tuple[int, int],
+    granularity: int,
+    strides: Sequence[int],
+    dilation: int,
+) -> Activation:
+    """What ``ops.spatial_mask`` would have counted, for those who ask."""
+    size = [-(-n // strides[0]) for n in input_hw]
+    _, counts = ops.dilate_mask(mask, granularity, size, strides[1], dilation)
+    areas = counts.new_tensor([math.prod(-(-n // strides[1]) for n in size), math.prod(size)])
+    rates = (counts.sum(dim=0) / (areas * max(len(mask), 1))).float()
+    return Activation(one, dict(zip(axes, rates.unbind())), {axes[0]: mask})
+
+
 def _channel_activation(
-    known: Activation,
+    known: Record,
     groups_mask: Tensor,
     input_hw: tuple[int, int],
     granularity: int,
@@ -453,6 +475,8 @@ def _channel_activation(
     channel_granularity: int,
 ) -> Activation:
     """``known`` with the decisions about channels, and the rates of each image."""
+    if callable(known):
+        known = known()
     mask, decisions = known.mask, groups_mask.float()
     rates = dict(known.rates)
     if mask is not None and len(decisions) > 1:

@@ -168,6 +168,10 @@ def _spatial_mask(x: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
     return 2 * out_val[0].numel() * x.shape[1] * 2  # two logits per patch
 
 
+def _patch_mask(x: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+    return _spatial_mask(x, out_val=(out_val,))
+
+
 def _channel_mask(x: Tensor, weights: Sequence[Tensor], *_: Any, **__: Any) -> int:
     return 2 * x.shape[0] * _products(weights)
 
@@ -235,6 +239,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_dense_layer_": _dense_layer,
     "dense_transition_": _dense_transition,
     "spatial_mask": _spatial_mask,
+    "patch_mask": _patch_mask,
     "channel_mask": _channel_mask,
     "conv_pool_stem": _conv_pool_stem,
     "masker_conv1x1": _masker_conv1x1,

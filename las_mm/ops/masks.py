@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -273,6 +274,21 @@ LIBRARY.define(
 )
 LIBRARY.impl("spatial_mask", _spatial_mask_reference, "CompositeExplicitAutograd")
 register_fake("las_mm::spatial_mask", _spatial_mask_fake, lib=LIBRARY)
+
+
+def _patch_mask_default(*arguments: Any) -> Tensor:
+    return torch.ops.las_mm.spatial_mask(*arguments)[0]
+
+
+# Without the rates, which a GPU counts in launches of their own.
+LIBRARY.define(
+    "patch_mask(Tensor x, Tensor weight, Tensor bias, Tensor? offset, int granularity, "
+    "int[2] strides, int dilation) -> Tensor mask"
+)
+LIBRARY.impl("patch_mask", _patch_mask_default, "CompositeExplicitAutograd")
+register_fake(
+    "las_mm::patch_mask", lambda *arguments: _spatial_mask_fake(*arguments)[0], lib=LIBRARY
+)
 
 
 def spatial_mask(

@@ -32,7 +32,7 @@ void selected_gemm(Device& device, GemmParams<T> params) {
   }
   TileShape shape = device.choose_tile(params.positions, params.columns, params.groups);
   if (shape == TileShape::kLarge) shape = TileShape::kMedium;  // no registers left for more
-  with_tile<T, false>(shape, has_tensor_cores<T>(device.gpu), [&](auto tile) {
+  with_tile<T, false>(shape, device.gpu, [&](auto tile) {
     using Tile = decltype(tile);
     if constexpr (Tile::kPanels == 1) {
       const int64_t positions = static_cast<int64_t>(params.height) * params.width;
@@ -82,7 +82,7 @@ ImageChannels<T> select_channels(Device& device, const Bottleneck<T>& b,
   int64_t slices = 0, sums = 0;
   for (const SelectedConv<T>& one : c.convs) {
     const int64_t sections = images * one.groups;
-    const int64_t mine = sections * ceil_div(one.group_values, SelectWeights<T>::kSlice);
+    const int64_t mine = sections * SelectWeights<T>::slices(one);
     if (mine > slices) slices = mine;
     const int64_t columns = images * b.groups * one.taps *
                             ceil_div(one.outputs ? group_room : one.columns, 32);
@@ -96,31 +96,13 @@ ImageChannels<T> select_channels(Device& device, const Bottleneck<T>& b,
   return c;
 }
 
-template <class Device>
-Lists list_images(Device& device, const MaskGeometry& g, const Global<const uint8_t>& mask,
-                  bool dropped) {
-  Lists lists;
-  lists.kept = device.template allocate<int32_t>(g.outputs(), "kept");
-  lists.halo = device.template allocate<int32_t>(g.hidden(), "halo");
-  if (dropped) lists.dropped = device.template allocate<int32_t>(g.outputs(), "dropped");
-  const int64_t counts = 2 * int64_t{g.images} + 1;
-  lists.counts = device.template allocate<int32_t>(counts, "counts");
-  device.zero(lists.counts, counts);
-  const int64_t threads = ceil_div(int64_t{g.height} * g.width, 32) * 32 +
-                          ceil_div(int64_t{g.out_height} * g.out_width, 32) * 32;
-  device.template launch<ListImages>(
-      ceil_div(g.images * threads, ListImages::kThreads),
-      {g, mask, lists.kept, lists.halo, lists.dropped, lists.counts});
-  return lists;
-}
-
 // las_mm::channel_bottleneck and, where `out` is `x`, las_mm::channel_bottleneck_.
 template <class Device, typename T>
 void channel_bottleneck(Device& device, const Bottleneck<T>& b, const ChannelSkipping& skip) {
   const MaskGeometry& g = b.geometry;
   const bool masked = b.mask.data != nullptr, in_place = b.out.data == b.x.data;
   Lists lists;
-  if (masked) lists = list_images(device, g, b.mask, !in_place);
+  if (masked) lists = list_positions(device, g, b.mask, true, !in_place, g.images);
   const ImageChannels<T> c = select_channels(device, b, skip);
   const int room = c.geometry.room();
   const Global<T> hidden = device.template allocate<T>(g.hidden() * room, "hidden");

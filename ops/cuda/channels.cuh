@@ -98,14 +98,13 @@ struct ListChannels {
 
 // Where a value of a packed convolution of one group lies; las_mm/ops/packing.py.
 template <typename T>
-LAS_MM_DEVICE int64_t packed_at(int depth, int columns, int taps, int tap, int k, int column) {
+LAS_MM_DEVICE int packed_at(int depth, int columns, int taps, int tap, int k, int column) {
   constexpr int kPair = sizeof(T) == 4 ? 1 : 2;
   const int rows = (depth + kPair - 1) / kPair;
   const int panel = column / kPanel * kPanel;
   const int left = (columns + kPanelPad - 1) / kPanelPad * kPanelPad - panel;
   const int width = left < kPanel ? left : kPanel;
-  const int64_t word = static_cast<int64_t>(panel) * taps * rows +
-                       static_cast<int64_t>(tap * rows + k / kPair) * width + column - panel;
+  const int word = panel * taps * rows + (tap * rows + k / kPair) * width + column - panel;
   return word * kPair + k % kPair;
 }
 
@@ -140,7 +139,8 @@ LAS_MM_DEVICE Range range_of(const ChannelGeometry& g, const SelectedConv<T>& co
   return {first, firsts.load(at + (all ? g.groups : group + 1)) - first};
 }
 
-// Gathers the packed weights of all convolutions; a thread per value.
+// Gathers the packed weights of all convolutions, 16 bytes per thread: four columns of one row of
+// words.
 template <typename T>
 struct SelectWeights {
   struct Params {
@@ -151,60 +151,87 @@ struct SelectWeights {
   static constexpr int kThreads = 256;
   static constexpr int kSharedBytes = 0;
   static constexpr int kMinBlocks = 4;
-  static constexpr int kSlice = 4 * kThreads;  // values that a block gathers at a time
+  static constexpr int kPair = sizeof(T) == 4 ? 1 : 2;
+  static constexpr int kChunk = 4 * kPair;       // values
+  static constexpr int kSlice = 2 * kThreads;    // chunks that a block gathers at a time
+
+  // Slices of a group of a convolution.
+  LAS_MM_HOST_DEVICE static int64_t slices(const SelectedConv<T>& conv) {
+    return ceil_div(conv.group_values / kChunk, kSlice);
+  }
 
   LAS_MM_DEVICE static void run(const Params& p) {
     LAS_MM_NO_UNROLL
     for (int i = 0; i < 3; ++i) {
       const SelectedConv<T>& conv = p.convs[i];
-      const int64_t slices = ceil_div(conv.group_values, kSlice);
-      const int64_t tasks = slices * p.geometry.images * conv.groups;
+      const int64_t each = slices(conv), tasks = each * p.geometry.images * conv.groups;
       for (int64_t task = block_index(); task < tasks; task += block_count()) {
-        const int section = static_cast<int>(task / slices);
-        gather(p, conv, section / conv.groups, section % conv.groups, task % slices * kSlice);
+        const int section = static_cast<int>(task / each);
+        gather(p, conv, section / conv.groups, section % conv.groups,
+               static_cast<int>(task % each) * kSlice);
       }
     }
   }
 
   LAS_MM_DEVICE static void gather(const Params& p, const SelectedConv<T>& conv, int image,
-                                   int group, int64_t begin) {
-    constexpr int kPair = sizeof(T) == 4 ? 1 : 2;
+                                   int group, int begin) {
     const ChannelGeometry& g = p.geometry;
     const Range range = range_of(g, conv, p.firsts, image, group);
     const int depth = conv.inputs ? range.count : conv.depth;
     const int columns = conv.outputs ? range.count : conv.columns;
     const int rows = (depth + kPair - 1) / kPair;
     const int padded = (columns + kPanelPad - 1) / kPanelPad * kPanelPad;
-    const int64_t total = static_cast<int64_t>(conv.taps) * rows * padded * kPair;
-    const int64_t end = begin + kSlice < total ? begin + kSlice : total;
+    const int total = conv.taps * rows * (padded / 4);
+    const int end = begin + kSlice < total ? begin + kSlice : total;
+    const int panel_chunks = conv.taps * rows * (kPanel / 4);
     const int64_t list = static_cast<int64_t>(image) * g.room() + range.first;
     const int base = conv.groups == 1 ? 0 : group * g.per_group();
     const int64_t to = (static_cast<int64_t>(image) * conv.groups + group) * conv.group_values;
-    const int64_t panel_values = static_cast<int64_t>(conv.taps) * rows * kPanel * kPair;
-    for (int64_t i = begin + thread_index(); i < end; i += kThreads) {
-      const int panel = static_cast<int>(i / panel_values) * kPanel;
-      const int left = padded - panel, width = left < kPanel ? left : kPanel;
-      const int rest = static_cast<int>(i % panel_values);
-      const int column = panel + rest / kPair % width;
-      const int row = rest / kPair / width;  // of all taps
-      const int k = row % rows * kPair + rest % kPair;
-      int from = k < conv.depth ? k : -1, out = column < conv.columns ? column : -1;
-      if (conv.inputs) {
-        from = p.indices.load(list + k);
-        if (from >= 0) from -= base;
+    Global<const T> from = conv.from;
+    from.data += group * conv.from_values();
+    for (int i = begin + thread_index(); i < end; i += kThreads) {
+      const int panel = i / panel_chunks, left = padded - panel * kPanel;
+      const int width = (left < kPanel ? left : kPanel) / 4;  // in chunks
+      const int rest = i - panel * panel_chunks, row = rest / width;  // of all taps
+      const int column = panel * kPanel + (rest - row * width) * 4;
+      const int tap = row / rows;
+      T values[kChunk];
+      LAS_MM_UNROLL
+      for (int half = 0; half < kPair; ++half) {
+        const int k = (row - tap * rows) * kPair + half;
+        int in = k < conv.depth ? k : -1;
+        if (conv.inputs) in = wanted(p, list + k, base);
+        LAS_MM_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          int out = column + c < columns ? column + c : -1;
+          if (conv.outputs && out >= 0) out = wanted(p, list + out, base);
+          values[c * kPair + half] =
+              in >= 0 && out >= 0
+                  ? from.load(packed_at<T>(conv.depth, conv.columns, conv.taps, tap, in, out))
+                  : from_float<T>(0.f);
+        }
       }
-      if (conv.outputs) {
-        out = column < columns ? p.indices.load(list + column) : -1;
-        if (out >= 0) out -= base;
-      }
-      T value = from_float<T>(0.f);
-      if (from >= 0 && out >= 0) {
-        value = conv.from.load(group * conv.from_values() +
-                               packed_at<T>(conv.depth, conv.columns, conv.taps, row / rows, from,
-                                            out));
-      }
-      conv.to.store(to + i, value);
+      conv.to.store16(to + static_cast<int64_t>(i) * kChunk, words_of(values));
     }
+  }
+
+  // The channel of a place in the group that begins with channel `base`, or -1.
+  LAS_MM_DEVICE static int wanted(const Params& p, int64_t at, int base) {
+    const int channel = p.indices.load(at);
+    return channel >= 0 ? channel - base : -1;
+  }
+
+  LAS_MM_DEVICE static Words words_of(const T (&values)[kChunk]) {
+    Words words;
+    LAS_MM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kPair == 1) {
+        words.w[i] = float_to_bits(values[i]);
+      } else {
+        words.w[i] = bits16(values[2 * i]) | bits16(values[2 * i + 1]) << 16;
+      }
+    }
+    return words;
   }
 };
 

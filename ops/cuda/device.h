@@ -27,8 +27,9 @@ namespace las_mm::cuda {
 // than this architecture's shared memory holds.
 template <class Kernel>
 constexpr int min_blocks() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870 || \
-    (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+  constexpr int kShared = 228 << 10;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
   constexpr int kShared = 164 << 10;
 #elif __CUDA_ARCH__ >= 860
   constexpr int kShared = 100 << 10;
@@ -42,9 +43,31 @@ constexpr int min_blocks() {
 }
 
 template <class Kernel>
+struct Launched {
+  static constexpr bool kLate = false;  // the next kernel's blocks may take their places at once
+  static constexpr bool on(int) { return true; }
+};
+template <class Tile>
+struct Launched<SparseGemm<Tile>> {
+  static constexpr bool kLate = true;  // they would crowd where few of this one's blocks run
+  static constexpr bool on(int capability) { return is_launched<Tile>(capability); }
+};
+
+// From 9.0 on a kernel is launched while the one before it runs, and waits for its end here: what a
+// launch costs is hidden, and nothing else changes.
+template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, min_blocks<Kernel>())
     entry(const typename Kernel::Params params) {
-  Kernel::run(params);
+#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 900
+  if (!Launched<Kernel>::kLate) asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  if constexpr (Launched<Kernel>::on(__CUDA_ARCH__ / 10)) Kernel::run(params);
+#if __CUDA_ARCH__ >= 900
+  if (Launched<Kernel>::kLate) asm volatile("griddepcontrol.launch_dependents;");
+#endif
+#endif
 }
 
 class Device {
@@ -79,8 +102,24 @@ class Device {
   void launch(int64_t blocks, const typename Kernel::Params& params) {
     if (blocks <= 0) return;
     const int64_t most = static_cast<int64_t>(resident<Kernel>()) * gpu.multiprocessors;
-    entry<Kernel><<<static_cast<unsigned>(std::min(blocks, most)), Kernel::kThreads,
-                    Kernel::kSharedBytes, stream_>>>(params);
+    const unsigned count = static_cast<unsigned>(std::min(blocks, most));
+#if CUDART_VERSION >= 12030  // earlier ones cannot capture such launches
+    if (gpu.capability >= 90) {
+      cudaLaunchAttribute early{};
+      early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early.val.programmaticStreamSerializationAllowed = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(count);
+      config.blockDim = dim3(Kernel::kThreads);
+      config.dynamicSmemBytes = Kernel::kSharedBytes;
+      config.stream = stream_;
+      config.attrs = &early;
+      config.numAttrs = 1;
+      C10_CUDA_CHECK(cudaLaunchKernelEx(&config, entry<Kernel>, params));
+      return;
+    }
+#endif
+    entry<Kernel><<<count, Kernel::kThreads, Kernel::kSharedBytes, stream_>>>(params);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -88,7 +127,7 @@ class Device {
   static constexpr int kMaxGpus = 64;  // PyTorch's own limit
 
   static Gpu describe(int index) {
-    static std::array<std::atomic<int>, kMaxGpus> capabilities{}, multiprocessors{};
+    static std::array<std::atomic<int>, kMaxGpus> capabilities{}, multiprocessors{}, shared{};
     if (multiprocessors[index] == 0) {
       int major = 0, minor = 0, count = 0;
       C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
@@ -99,9 +138,19 @@ class Device {
       cudaFuncAttributes compiled{};
       C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, entry<MeanRates>));
       capabilities[index] = std::min(10 * major + minor, compiled.ptxVersion);
+      int bytes = 0;
+      C10_CUDA_CHECK(
+          cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+      shared[index] = bytes;
       multiprocessors[index] = count;
     }
-    return {capabilities[index], multiprocessors[index], allows_tf32(&at::Context::allowTF32CuDNN)};
+    const bool deep = is_deep(capabilities[index]) && shared[index] >= 160 << 10;
+    TORCH_CHECK(deep || !is_deep(capabilities[index]) || capabilities[index] < 90,
+                "las_mm's kernels were compiled for sm_", capabilities[index].load(),
+                ", and this GPU, newer, has less shared memory: build them for it "
+                "(TORCH_CUDA_ARCH_LIST)");
+    return {capabilities[index], multiprocessors[index],
+            allows_tf32(&at::Context::allowTF32CuDNN), deep};
   }
 
   // Blocks that one multiprocessor of this GPU holds; asked for once per GPU.

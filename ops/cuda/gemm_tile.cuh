@@ -62,28 +62,36 @@ struct GemmParams {
 //   T             type of features and weights
 //   kRows_        listed positions
 //   kPanels_      panels of 64 output channels
-//   kWarpColumns  columns of a warp, of 32 rows; 32 or 64 (tensor cores)
+//   kWarpRows_,   of a warp (tensor cores): 32 or 64 rows, 32 or 64 columns
+//   kWarpColumns
 //   kTensorCores  or else plain float32 arithmetic
 //   kScores_      also compute the masker's scores
-template <typename T_, int kRows_, int kPanels_, int kWarpColumns_, bool kTensorCores_,
-          bool kScores_ = false>
+//   kDeep_        for GPUs with much shared memory: twice the depth per step, more of them in flight,
+//                 and warps that share a step's depth, so that few rows still make many warps
+template <typename T_, int kRows_, int kPanels_, int kWarpRows_, int kWarpColumns_,
+          bool kTensorCores_, bool kScores_ = false, bool kDeep_ = false>
 struct Tile {
   using T = T_;
   static constexpr int kRows = kRows_;
   static constexpr int kPanels = kPanels_;
+  static constexpr int kWarpRows = kWarpRows_;
   static constexpr int kWarpColumns = kWarpColumns_;
   static constexpr bool kTensorCores = kTensorCores_;
   static constexpr bool kScores = kScores_;
+  static constexpr bool kDeep = kDeep_;
   static constexpr bool kSelected = false;
-  static constexpr int kStages = 3;
+  static constexpr int kStages = kDeep && kPanels == 1 ? 4 : 3;
 
   static constexpr int kColumns = kPanels * kPanel;
   static constexpr int kPair = sizeof(T) == 4 ? 1 : 2;  // values in a packed word
   static constexpr bool kConvert = !kTensorCores && kPair == 2;  // to float32 in shared memory
-  static constexpr int kStepWords = 16;                          // depth of a step, in words
+  static constexpr int kStepWords = kDeep ? 32 : 16;             // depth of a step, in words
   static constexpr int kStep = kTensorCores ? kStepWords * kPair : kStepWords;  // in channels
-  static constexpr int kThreads =
-      kTensorCores ? kRows / 32 * (kColumns / kWarpColumns) * 32 : kRows * kColumns / 32;
+  // Groups of warps that each multiply a share of a step's depth.
+  static constexpr int kSplits = kDeep && kRows == 64 ? 2 : 1;
+  static constexpr int kGroupThreads =
+      kTensorCores ? kRows / kWarpRows * (kColumns / kWarpColumns) * 32 : kRows * kColumns / 32;
+  static constexpr int kThreads = kSplits * kGroupThreads;
 
   // Strides in words that keep the accesses below free of bank conflicts, and 16-byte aligned.
   static constexpr int kRowStride = kStepWords + 4;
@@ -91,7 +99,8 @@ struct Tile {
   static constexpr int kInputBytes = kRows * kRowStride * 4;
   static constexpr int kPanelBytes = kStepWords * kPanelStride * 4;
   static constexpr int kStageBytes = kInputBytes + kPanels * kPanelBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kRowBytes = kRows * 16;  // where the rows are, after the stages
+  static constexpr int kSharedBytes = kStages * kStageBytes + kRowBytes;
 };
 
 // The same tile of a product whose images have different channels.

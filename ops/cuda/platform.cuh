@@ -20,6 +20,7 @@
 #define LAS_MM_DEVICE __device__ __forceinline__
 #define LAS_MM_UNROLL _Pragma("unroll")
 #define LAS_MM_UNROLL_TWICE _Pragma("unroll 2")
+#define LAS_MM_UNROLL_FOUR _Pragma("unroll 4")
 #define LAS_MM_NO_UNROLL _Pragma("unroll 1")
 
 namespace las_mm::cuda {
@@ -75,6 +76,10 @@ struct Global {
   LAS_MM_DEVICE void store16(int64_t i, Words value) const {
     *reinterpret_cast<Words*>(data + i) = value;
   }
+  // Start bringing the value's neighbourhood to L2.
+  LAS_MM_DEVICE void prefetch(int64_t i) const {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(data + i));
+  }
   // Returns the value before.
   LAS_MM_DEVICE T atomic_add(int64_t i, T value) const { return atomicAdd(data + i, value); }
 };
@@ -100,15 +105,21 @@ LAS_MM_DEVICE uint32_t shared_address(int at) {
 // Start copying 16 bytes from `from` + i to shared memory, or write zeros if not `valid` (`i` is
 // then not read). They are there, for this thread, after wait_copies<n>() if at most n calls of
 // commit_copies() came after; for other threads after the next barrier. A kernel ends with
-// wait_copies<0>().
-template <typename T>
+// wait_copies<0>(). kReused: by this multiprocessor, so keep a copy in L1.
+template <bool kReused = false, typename T>
 LAS_MM_DEVICE void copy16_async(int at, const Global<T>& from, int64_t i, bool valid) {
 #if __CUDA_ARCH__ >= 800
   const void* source = from.data + (valid ? i : 0);
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(at)),
-               "l"(source), "r"(bytes)
-               : "memory");
+  if constexpr (kReused) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(at)),
+                 "l"(source), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(at)),
+                 "l"(source), "r"(bytes)
+                 : "memory");
+  }
 #else
   shared_store(at, valid ? from.load16(i) : Words{});
 #endif

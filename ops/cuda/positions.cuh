@@ -48,125 +48,138 @@ LAS_MM_DEVICE bool is_kept(const MaskGeometry& g, const Global<const uint8_t>& m
                    x / g.granularity) != 0;
 }
 
+// The patches, along one axis, of the outputs that read an input through each tap, or -1.
+struct Readers {
+  int patch[3];
+
+  LAS_MM_DEVICE Readers(int i, int inputs, int stride, int dilation, int granularity) {
+    LAS_MM_UNROLL
+    for (int tap = 0; tap < 3; ++tap) {
+      const int center = i + (1 - tap) * dilation;
+      const int output = stride == 1 ? center : center / stride;
+      const bool reads = center >= 0 && center < inputs && output * stride == center;
+      patch[tap] = reads ? output / granularity : -1;
+    }
+  }
+  // Of a tap that none before it has.
+  LAS_MM_DEVICE int different(int tap) const {
+    return tap > 0 && patch[tap] == patch[tap - 1] ? -1 : patch[tap];
+  }
+};
+
 // Whether a kept output reads conv1's output at (y, x).
 LAS_MM_DEVICE bool is_read(const MaskGeometry& g, const Global<const uint8_t>& mask, int image,
                            int y, int x) {
-  const ConvAxis rows{g.height, g.stride, g.dilation}, columns{g.width, g.stride, g.dilation};
-  for (int down = -1; down <= 1; ++down) {
-    const int out_y = static_cast<int>(rows.output_of(y, down));
-    if (out_y < 0) continue;
-    for (int right = -1; right <= 1; ++right) {
-      const int out_x = static_cast<int>(columns.output_of(x, right));
-      if (out_x >= 0 && is_kept(g, mask, image, out_y, out_x)) return true;
+  const Readers rows(y, g.height, g.stride, g.dilation, g.granularity);
+  const Readers columns(x, g.width, g.stride, g.dilation, g.granularity);
+  uint32_t kept = 0;  // all patches at once: leaving early would mean waiting for each
+  LAS_MM_UNROLL
+  for (int down = 0; down < 3; ++down) {
+    LAS_MM_UNROLL
+    for (int right = 0; right < 3; ++right) {
+      const int row = rows.different(down), column = columns.different(right);
+      if (row >= 0 && column >= 0) {
+        kept |= mask.load((static_cast<int64_t>(image) * g.rows + row) * g.columns + column);
+      }
     }
   }
-  return false;
+  return kept != 0;
 }
 
-// Appends `position` where `wanted`; all lanes of a warp call it. The order of a list is that of the
-// warps' arrival, which no result depends on.
-LAS_MM_DEVICE void append(const Global<int32_t>& list, const Global<int32_t>& counts, int which,
-                          bool wanted, int64_t position) {
-  const uint32_t lanes = ballot(wanted);
-  if (lanes == 0) return;
-  const int lane = thread_index() % 32;
-  int first = 0;
-  if (lane == 0) first = counts.atomic_add(which, count_bits(lanes));
-  first = shuffle(first, 0);
-  if (wanted && list.data != nullptr) {
-    const uint32_t before = lanes & ((1u << lane) - 1u);
-    list.store(first + count_bits(before), static_cast<int32_t>(position));
-  }
-}
-
-// Lists kept outputs, conv1 outputs that they read, and dropped outputs. An absent list is only
-// counted; `counts` has to be zero before.
+// Lists kept outputs, conv1 outputs that they read, and dropped outputs of all images. The first two
+// in `sections` lists, one behind the other with room for all positions: 1 for all images, or one
+// per image. An absent list is only counted; `counts` has to be zero before. The order of a list is
+// that of the blocks' arrival, which no result depends on.
 struct ListPositions {
-  enum { kKept, kHalo, kDropped, kCounts };
+  enum { kKept, kHalo, kDropped };  // counts of one section
   struct Params {
     MaskGeometry geometry;
     Global<const uint8_t> mask;  // (images, rows, columns)
     Global<int32_t> kept, halo, dropped;
-    Global<int32_t> counts;
+    Global<int32_t> counts;  // kept of each section, halo of each section, dropped
+    int sections;
     bool want_halo, want_dropped;
   };
   static constexpr int kThreads = 256;
-  static constexpr int kSharedBytes = 0;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kSharedBytes = (kWarps + 2) * 4;
+  static constexpr int kMinBlocks = 4;
 
+  // A block works on one map of one section at a time.
   LAS_MM_DEVICE static void run(const Params& p) {
     const MaskGeometry& g = p.geometry;
-    const int64_t hidden = g.hidden(), outputs = g.outputs();
-    // Whole warps belong to one of the two maps.
-    const int64_t hidden_threads = p.want_halo ? ceil_div(hidden, 32) * 32 : 0;
-    const int64_t threads = hidden_threads + ceil_div(outputs, 32) * 32;
-    const int64_t stride = block_count() * kThreads;
-    const int64_t begin = block_index() * kThreads + thread_index() / 32 * 32;
-    for (int64_t warp = begin; warp < threads; warp += stride) {
-      const int64_t i = warp + thread_index() % 32;
-      if (warp < hidden_threads) {
-        const int x = static_cast<int>(i % g.width);
-        const int y = static_cast<int>(i / g.width % g.height);
-        const int image = static_cast<int>(i / g.width / g.height);
-        append(p.halo, p.counts, kHalo, i < hidden && is_read(g, p.mask, image, y, x), i);
+    const int hidden = static_cast<int>(g.hidden() / p.sections);
+    const int outputs = static_cast<int>(g.outputs() / p.sections);
+    const int hidden_blocks = p.want_halo ? static_cast<int>(ceil_div(hidden, kThreads)) : 0;
+    const int blocks = hidden_blocks + static_cast<int>(ceil_div(outputs, kThreads));
+    const int64_t tasks = static_cast<int64_t>(blocks) * p.sections;
+    for (int64_t task = block_index(); task < tasks; task += block_count()) {
+      const int section = static_cast<int>(task / blocks);
+      const int part = static_cast<int>(task % blocks);
+      if (part < hidden_blocks) {
+        list_halo(p, section, hidden, int64_t{part} * kThreads + thread_index());
       } else {
-        const int64_t o = i - hidden_threads;
-        const int x = static_cast<int>(o % g.out_width);
-        const int y = static_cast<int>(o / g.out_width % g.out_height);
-        const int image = static_cast<int>(o / g.out_width / g.out_height);
-        const bool kept = o < outputs && is_kept(g, p.mask, image, y, x);
-        append(p.kept, p.counts, kKept, kept, o);
-        if (p.want_dropped) append(p.dropped, p.counts, kDropped, o < outputs && !kept, o);
+        list_outputs(p, section, outputs,
+                     int64_t{part - hidden_blocks} * kThreads + thread_index());
       }
     }
   }
-};
 
-// Lists kept outputs and conv1 outputs that they read, image by image, and dropped outputs of all.
-// `counts` has to be zero before.
-struct ListImages {
-  struct Params {
-    MaskGeometry geometry;
-    Global<const uint8_t> mask;  // (images, rows, columns)
-    Global<int32_t> kept, halo, dropped;  // the last may be absent
-    Global<int32_t> counts;  // kept and halo of each image, then dropped
+  LAS_MM_DEVICE static void list_halo(const Params& p, int section, int hidden, int64_t i) {
+    const MaskGeometry& g = p.geometry;
+    const int position = section * hidden + static_cast<int>(i < hidden ? i : 0);
+    const int line = position / g.width, image = line / g.height;
+    const bool read = i < hidden && is_read(g, p.mask, image, line - image * g.height,
+                                            position - line * g.width);
+    append(p, {p.halo, p.sections + section, section * hidden, read}, {}, position);
+  }
+
+  LAS_MM_DEVICE static void list_outputs(const Params& p, int section, int outputs, int64_t i) {
+    const MaskGeometry& g = p.geometry;
+    const bool valid = i < outputs;
+    const int position = section * outputs + static_cast<int>(valid ? i : 0);
+    const int line = position / g.out_width, image = line / g.out_height;
+    const bool kept = valid && is_kept(g, p.mask, image, line - image * g.out_height,
+                                       position - line * g.out_width);
+    append(p, {p.kept, section, section * outputs, kept},
+           {p.dropped, 2 * p.sections, 0, p.want_dropped && valid && !kept}, position);
+  }
+
+  struct List {
+    Global<int32_t> data;
+    int count, begin;  // which count is the list's, and where the list begins
+    bool wanted;       // the thread's position is on it
   };
-  static constexpr int kThreads = 256;
-  static constexpr int kSharedBytes = 0;
-  static constexpr int kMinBlocks = 2;
 
-  LAS_MM_DEVICE static void run(const Params& p) {
-    const MaskGeometry& g = p.geometry;
-    const int hidden = g.height * g.width, outputs = g.out_height * g.out_width;
-    // Whole warps belong to one map of one image.
-    const int64_t hidden_threads = ceil_div(hidden, 32) * 32;
-    const int64_t threads = hidden_threads + ceil_div(outputs, 32) * 32;
-    const int64_t begin = block_index() * kThreads + thread_index() / 32 * 32;
-    for (int64_t warp = begin; warp < g.images * threads; warp += block_count() * kThreads) {
-      const int image = static_cast<int>(warp / threads);
-      const int64_t in_image = warp % threads;
-      const int i = static_cast<int>(in_image) + thread_index() % 32;
-      if (in_image < hidden_threads) {
-        const bool read = i < hidden && is_read(g, p.mask, image, i / g.width, i % g.width);
-        append_of(p.halo, p.counts, g.images, image, read, hidden, i);
-      } else {
-        const int o = i - static_cast<int>(hidden_threads);
-        const bool valid = o < outputs;
-        const bool kept = valid && is_kept(g, p.mask, image, o / g.out_width, o % g.out_width);
-        append_of(p.kept, p.counts, 0, image, kept, outputs, o);
-        if (p.dropped.data != nullptr) {
-          append(p.dropped, p.counts, 2 * g.images, valid && !kept,
-                 static_cast<int64_t>(image) * outputs + o);
-        }
-      }
+  // Appends to two lists; the block's threads call it together. One atomic operation per list.
+  LAS_MM_DEVICE static void append(const Params& p, const List& first, const List& second,
+                                   int position) {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    const uint32_t lanes[2] = {ballot(first.wanted), ballot(second.wanted)};
+    if (lane == 0) shared_store(warp * 4, count_bits(lanes[0]) | count_bits(lanes[1]) << 16);
+    sync_block();  // all warps' counts are there
+    int before = 0, all = 0;
+    LAS_MM_UNROLL
+    for (int w = 0; w < kWarps; ++w) {
+      const int count = shared_load<int>(w * 4);
+      if (w < warp) before += count;
+      all += count;
     }
+    if (thread_index() < 2) {
+      const int total = thread_index() == 0 ? all & 0xffff : all >> 16;
+      const int which = thread_index() == 0 ? first.count : second.count;
+      shared_store((kWarps + thread_index()) * 4,
+                   total > 0 ? p.counts.atomic_add(which, total) : 0);
+    }
+    sync_block();  // where the block's positions begin
+    put(first, shared_load<int>(kWarps * 4) + (before & 0xffff), lanes[0], position);
+    put(second, shared_load<int>((kWarps + 1) * 4) + (before >> 16), lanes[1], position);
   }
 
-  LAS_MM_DEVICE static void append_of(Global<int32_t> list, const Global<int32_t>& counts,
-                                      int which, int image, bool wanted, int positions, int i) {
-    const int64_t begin = static_cast<int64_t>(image) * positions;
-    list.data += begin;
-    append(list, counts, which + image, wanted, begin + i);
+  LAS_MM_DEVICE static void put(const List& list, int at, uint32_t lanes, int position) {
+    if (!list.wanted || list.data.data == nullptr) return;
+    const uint32_t before = lanes & ((1u << thread_index() % 32) - 1u);
+    list.data.store(static_cast<int64_t>(list.begin) + at + count_bits(before), position);
   }
 };
 

@@ -50,18 +50,27 @@ bool aligned(const Global<T>& array) {
 }
 
 template <class Device>
+void launch_list(Device& device, const ListPositions::Params& p) {
+  const MaskGeometry& g = p.geometry;
+  constexpr int kThreads = ListPositions::kThreads;
+  const int64_t hidden = p.want_halo ? ceil_div(g.hidden() / p.sections, kThreads) : 0;
+  const int64_t outputs = ceil_div(g.outputs() / p.sections, kThreads);
+  device.template launch<ListPositions>(p.sections * (hidden + outputs), p);
+}
+
+// `sections`: 1, or the number of images for lists of each.
+template <class Device>
 Lists list_positions(Device& device, const MaskGeometry& g, const Global<const uint8_t>& mask,
-                     bool halo, bool dropped) {
+                     bool halo, bool dropped, int sections = 1) {
   Lists lists;
   lists.kept = device.template allocate<int32_t>(g.outputs(), "kept");
   if (halo) lists.halo = device.template allocate<int32_t>(g.hidden(), "halo");
   if (dropped) lists.dropped = device.template allocate<int32_t>(g.outputs(), "dropped");
-  lists.counts = device.template allocate<int32_t>(ListPositions::kCounts, "counts");
-  device.zero(lists.counts, ListPositions::kCounts);
-  const int64_t positions = g.outputs() + (halo ? g.hidden() : 0);
-  typename ListPositions::Params params{g,    mask,    lists.kept, lists.halo, lists.dropped,
-                                        lists.counts, halo, dropped};
-  device.template launch<ListPositions>(ceil_div(positions, ListPositions::kThreads) + 1, params);
+  const int64_t counts = 2 * int64_t{sections} + 1;
+  lists.counts = device.template allocate<int32_t>(counts, "counts");
+  device.zero(lists.counts, counts);
+  launch_list(device, {g, mask, lists.kept, lists.halo, lists.dropped, lists.counts, sections, halo,
+                       dropped});
   return lists;
 }
 
@@ -75,7 +84,7 @@ void gemm(Device& device, GemmParams<T> params) {
   }
   const TileShape shape =
       device.choose_tile(params.positions, params.columns, params.groups);
-  with_tile<T, kScores>(shape, has_tensor_cores<T>(device.gpu), [&](auto tile) {
+  with_tile<T, kScores>(shape, device.gpu, [&](auto tile) {
     using Tile = decltype(tile);
     const int64_t tiles = ceil_div(params.positions, Tile::kRows) * params.groups *
                           ceil_div(params.columns, Tile::kColumns);
@@ -108,23 +117,23 @@ Source<T> pointwise(const Global<const T>& data, const Global<const T>& weight, 
   return {data, weight, height, width, channels, channels, 1, stride, 1};
 }
 
+// Patches of more positions get a block of eight warps.
+inline bool is_large(int side) { return static_cast<int64_t>(side) * side > 2048; }
+
+template <typename T>
+Decisions<T> decisions_of(const MaskGeometry& g, const Masker<T>& masker, int height, int width,
+                          int side, const Global<uint8_t>& mask, const Global<int32_t>& counts) {
+  return {masker.bias, masker.offset, mask,   counts,    height,
+          width,       side,          g.images, g.rows, g.columns, masker.offset_images};
+}
+
 template <class Device, typename T>
-void decide(Device& device, const Masker<T>& masker, const Global<const float>& scores, int images,
-            int height, int width, int side, int rows, int columns, const Global<uint8_t>& mask,
-            const Global<int32_t>& counts) {
-  constexpr int64_t kLargePatch = 2048;
-  const int64_t patches = static_cast<int64_t>(images) * rows * columns;
-  const auto launch = [&](auto kernel) {
-    using Kernel = decltype(kernel);
-    typename Kernel::Params params{scores, masker.bias, masker.offset, mask,
-                                   counts, height,      width,         side,
-                                   images, rows,        columns,       masker.offset_images};
-    device.template launch<Kernel>(patches, params);
-  };
-  if (static_cast<int64_t>(side) * side > kLargePatch) {
-    launch(DecidePatches<T, 256>{});
+void decide(Device& device, const Decisions<T>& to, const Global<const float>& scores) {
+  const int64_t patches = static_cast<int64_t>(to.images) * to.rows * to.columns;
+  if (is_large(to.side)) {
+    device.template launch<DecidePatches<T, 256>>(patches, {to, scores});
   } else {
-    launch(DecidePatches<T, 32>{});
+    device.template launch<DecidePatches<T, 32>>(patches, {to, scores});
   }
 }
 
@@ -132,9 +141,7 @@ void decide(Device& device, const Masker<T>& masker, const Global<const float>& 
 template <class Device>
 void mean_rates(Device& device, const MaskGeometry& g, const Global<const uint8_t>& mask,
                 const Global<int32_t>& counts, const Global<float>& rates) {
-  const int64_t positions = g.hidden() + g.outputs();
-  ListPositions::Params count{g, mask, {}, {}, {}, counts, true, false};
-  device.template launch<ListPositions>(ceil_div(positions, ListPositions::kThreads) + 1, count);
+  launch_list(device, {g, mask, {}, {}, {}, counts, 1, true, false});
   device.template launch<MeanRates>(1, MeanRates::Params{counts, rates, g.outputs(), g.hidden()});
 }
 
@@ -145,20 +152,31 @@ inline int patch_side(const MaskGeometry& g, int first_stride, int height, int w
   return static_cast<int>(side < most ? side : most);
 }
 
-// las_mm::spatial_mask. `x` is (images, height, width, channels).
+// las_mm::patch_mask and, with `rates`, las_mm::spatial_mask. `x` is (images, height, width,
+// channels).
 template <class Device, typename T>
 void spatial_mask(Device& device, const MaskGeometry& g, const Masker<T>& masker,
                   const Global<const T>& x, int height, int width, int channels, int first_stride,
                   const Global<uint8_t>& mask, const Global<float>& rates) {
-  const int64_t positions = static_cast<int64_t>(g.images) * height * width;
-  const Global<float> scores = device.template allocate<float>(positions, "scores");
-  const Global<int32_t> counts = device.template allocate<int32_t>(2, "counts");
   const bool vectors = fits_vectors<T>(channels) && aligned(x) && aligned(masker.weight);
-  typename ScorePositions<T>::Params score{x, masker.weight, scores, positions, channels, vectors};
-  device.template launch<ScorePositions<T>>(ceil_div(positions, ScorePositions<T>::kWarps), score);
-  decide(device, masker, Global<const float>(scores), g.images, height, width,
-         patch_side(g, first_stride, height, width), g.rows, g.columns, mask, counts);
-  mean_rates(device, g, mask, counts, rates);
+  const int side = patch_side(g, first_stride, height, width);
+  Global<int32_t> counts;
+  if (rates.data != nullptr) counts = device.template allocate<int32_t>(2, "counts");
+  const Decisions<T> to = decisions_of(g, masker, height, width, side, mask, counts);
+  // More would take a block too long: then all of the GPU scores the positions before.
+  constexpr int64_t kMostChunks = 16384;
+  if (int64_t{side} * side * ceil_div(channels, Chunk<T>::kCount) > kMostChunks) {
+    const int64_t positions = static_cast<int64_t>(g.images) * height * width;
+    const Global<float> scores = device.template allocate<float>(positions, "scores");
+    device.template launch<ScorePositions<T>>(ceil_div(positions, ScorePositions<T>::kWarps),
+                                              {x, masker.weight, scores, positions, channels,
+                                               vectors});
+    decide(device, to, Global<const float>(scores));
+  } else {
+    const int64_t patches = static_cast<int64_t>(g.images) * g.rows * g.columns;
+    device.template launch<ScorePatches<T>>(patches, {to, x, masker.weight, channels, vectors});
+  }
+  if (rates.data != nullptr) mean_rates(device, g, mask, counts, rates);
 }
 
 // las_mm::masker_conv1x1: conv1 everywhere, with the scores as by-product of the pass over x, then
@@ -180,8 +198,9 @@ void masker_conv1x1(Device& device, const MaskGeometry& g, const Masker<T>& mask
     conv1.scores = device.template allocate<float>(conv1.positions, "scores");
     conv1.masker_weight = masker.weight;
     gemm<true>(device, conv1);
-    decide(device, masker, Global<const float>(conv1.scores), g.images, height, width,
-           patch_side(g, 1, height, width), g.rows, g.columns, mask, counts);
+    const int side = patch_side(g, 1, height, width);
+    decide(device, decisions_of(g, masker, height, width, side, mask, counts),
+           Global<const float>(conv1.scores));
     mean_rates(device, g, mask, counts, rates);
   }
   typename ClearUnread<T>::Params clear{g, mask, hidden, hidden_channels,

@@ -53,20 +53,77 @@ struct ScorePositions {
   }
 };
 
-// mask[patch] = mean of the patch's scores + bias + offset >= 0. A block per patch: of one warp, or
-// of eight where patches are large, as in layer mode. The sum has a fixed order.
+// What a decision is made of, beside the sum over its patch.
+template <typename T>
+struct Decisions {
+  Global<const T> bias;        // (2)
+  Global<const float> offset;  // absent, or (offset_images, rows, columns)
+  Global<uint8_t> mask;        // (images, rows, columns)
+  Global<int32_t> counts;      // absent, or set to zero for the kernels that follow
+  int height, width;
+  int side;  // of a patch, in input positions
+  int images, rows, columns;
+  int offset_images;  // 1 or `images`
+
+  LAS_MM_DEVICE int patches() const { return images * rows * columns; }
+
+  // What is added to the mean of a patch.
+  LAS_MM_DEVICE float shift(int patch) const {
+    const float difference = to_float(bias.load(0)) - to_float(bias.load(1));
+    if (offset.data == nullptr) return difference;
+    return difference + offset.load(offset_images == 1 ? patch % (rows * columns) : patch);
+  }
+};
+
+// A patch of the input.
+struct Patch {
+  int tall, wide;
+  int64_t first;  // position
+
+  template <typename T>
+  LAS_MM_DEVICE Patch(const Decisions<T>& p, int patch) {
+    const int line = patch / p.columns, column = patch - line * p.columns;
+    const int64_t image = line / p.rows;
+    const int row = line % p.rows;
+    const int top = row * p.side, left = column * p.side;
+    tall = p.height - top < p.side ? p.height - top : p.side;
+    wide = p.width - left < p.side ? p.width - left : p.side;
+    first = (image * p.height + top) * p.width + left;
+  }
+
+  // From the first position to the `k`th.
+  LAS_MM_DEVICE int offset(int width, int k) const { return k / wide * width + k % wide; }
+};
+
+// mask[patch] = mean of the patch's scores + bias + offset >= 0, where each thread of the block has
+// a part of the sum, which has a fixed order. `shift` was fetched before the scores by the first.
+template <int kWarps, typename T>
+LAS_MM_DEVICE void decide_patch(const Decisions<T>& p, int index, const Patch& patch, float shift,
+                                float sum) {
+  LAS_MM_UNROLL
+  for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
+  if constexpr (kWarps > 1) {
+    if (thread_index() % 32 == 0) shared_store(thread_index() / 32 * 4, sum);
+    sync_block();
+    sum = 0.f;
+    LAS_MM_UNROLL
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared_load<float>(warp * 4);
+    sync_block();  // the next patch's sums come to the same place
+  }
+  if (thread_index() == 0) {
+    const float keep =
+        sum / (static_cast<float>(patch.tall) * static_cast<float>(patch.wide)) + shift;
+    p.mask.store(index, keep >= 0.f ? 1 : 0);  // NaN drops
+  }
+}
+
+// Decisions from scores. A block per patch: of one warp, or of eight where patches are large, as in
+// layer mode.
 template <typename T, int kThreads_>
 struct DecidePatches {
   struct Params {
+    Decisions<T> to;
     Global<const float> scores;  // (images, height, width)
-    Global<const T> bias;        // (2)
-    Global<const float> offset;  // absent, or (offset_images, rows, columns)
-    Global<uint8_t> mask;        // (images, rows, columns)
-    Global<int32_t> counts;      // set to zero for the kernels that follow
-    int height, width;
-    int side;  // of a patch, in input positions
-    int images, rows, columns;
-    int offset_images;  // 1 or `images`
   };
   static constexpr int kThreads = kThreads_;
   static constexpr int kWarps = kThreads / 32;
@@ -74,42 +131,85 @@ struct DecidePatches {
   static constexpr int kMinBlocks = 4;
 
   LAS_MM_DEVICE static void run(const Params& p) {
-    if (block_index() == 0 && thread_index() < 2) p.counts.store(thread_index(), 0);
-    const int64_t patches = static_cast<int64_t>(p.images) * p.rows * p.columns;
-    for (int64_t patch = block_index(); patch < patches; patch += block_count()) decide(p, patch);
+    if (block_index() == 0 && thread_index() < 2 && p.to.counts.data != nullptr) {
+      p.to.counts.store(thread_index(), 0);
+    }
+    const int step = static_cast<int>(block_count());
+    for (int i = static_cast<int>(block_index()); i < p.to.patches(); i += step) {
+      const Patch patch(p.to, i);
+      const float shift = thread_index() == 0 ? p.to.shift(i) : 0.f;
+      float sum = 0.f;
+      for (int k = thread_index(); k < patch.tall * patch.wide; k += kThreads) {
+        sum += p.scores.load(patch.first + patch.offset(p.to.width, k));
+      }
+      decide_patch<kWarps>(p.to, i, patch, shift, sum);
+    }
+  }
+};
+
+// Decisions from features: a block per patch reads all of it. Threads that share a chunk of channels
+// share the patch's positions.
+template <typename T>
+struct ScorePatches {
+  struct Params {
+    Decisions<T> to;
+    Global<const T> x;       // (images, height, width, channels)
+    Global<const T> weight;  // (2, channels)
+    int channels;
+    bool vectors;  // rows allow 16-byte accesses
+  };
+  static constexpr int kThreads = 256;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kSharedBytes = kWarps * 4;
+  static constexpr int kMinBlocks = 4;
+  static constexpr int kChunk = Chunk<T>::kCount;
+
+  LAS_MM_DEVICE static void run(const Params& p) {
+    if (block_index() == 0 && thread_index() < 2 && p.to.counts.data != nullptr) {
+      p.to.counts.store(thread_index(), 0);
+    }
+    const int chunks = (p.channels + kChunk - 1) / kChunk;
+    int across = 1;  // threads side by side
+    while (across < chunks && across < kThreads) across *= 2;
+    const int first = thread_index() / across;
+    const int step = static_cast<int>(block_count());
+    for (int i = static_cast<int>(block_index()); i < p.to.patches(); i += step) {
+      const Patch patch(p.to, i);
+      const float shift = thread_index() == 0 ? p.to.shift(i) : 0.f;
+      float sum = 0.f;
+      for (int chunk = thread_index() % across; chunk < chunks; chunk += across) {
+        sum += score(p, patch, chunk * kChunk, first, kThreads / across);
+      }
+      decide_patch<kWarps>(p.to, i, patch, shift, sum);
+    }
   }
 
-  LAS_MM_DEVICE static void decide(const Params& p, int64_t patch) {
-    const int column = static_cast<int>(patch % p.columns);
-    const int row = static_cast<int>(patch / p.columns % p.rows);
-    const int64_t image = patch / p.columns / p.rows;
-    const int top = row * p.side, left = column * p.side;
-    const int tall = p.height - top < p.side ? p.height - top : p.side;
-    const int wide = p.width - left < p.side ? p.width - left : p.side;
+  // Of one chunk of channels, every `step`th position.
+  LAS_MM_DEVICE static float score(const Params& p, const Patch& patch, int channel, int first,
+                                   int step) {
+    const int positions = patch.tall * patch.wide;
     float sum = 0.f;
-    for (int64_t i = thread_index(); i < static_cast<int64_t>(tall) * wide; i += kThreads) {
-      const int64_t y = top + i / wide, x = left + i % wide;
-      sum += p.scores.load((image * p.height + y) * p.width + x);
-    }
-    LAS_MM_UNROLL
-    for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
-    if constexpr (kWarps > 1) {
-      if (thread_index() % 32 == 0) shared_store(thread_index() / 32 * 4, sum);
-      sync_block();
-      sum = 0.f;
-      LAS_MM_UNROLL
-      for (int warp = 0; warp < kWarps; ++warp) sum += shared_load<float>(warp * 4);
-      sync_block();  // the next patch's sums come to the same place
-    }
-    if (thread_index() == 0) {
-      float keep = sum / (static_cast<float>(tall) * static_cast<float>(wide)) +
-                   (to_float(p.bias.load(0)) - to_float(p.bias.load(1)));
-      if (p.offset.data != nullptr) {
-        const int64_t grid = static_cast<int64_t>(p.rows) * p.columns;
-        keep += p.offset.load(p.offset_images == 1 ? patch % grid : patch);
+    if (p.vectors) {
+      const Words keep = p.weight.load16(channel), drop = p.weight.load16(p.channels + channel);
+      LAS_MM_UNROLL_FOUR
+      for (int k = first; k < positions; k += step) {
+        const int64_t position = patch.first + patch.offset(p.to.width, k);
+        const Words x = p.x.load16(position * p.channels + channel);
+        LAS_MM_UNROLL
+        for (int c = 0; c < kChunk; ++c) {
+          sum += Chunk<T>::get(x, c) * (Chunk<T>::get(keep, c) - Chunk<T>::get(drop, c));
+        }
       }
-      p.mask.store(patch, keep >= 0.f ? 1 : 0);  // NaN drops
+      return sum;
     }
+    for (int k = first; k < positions; k += step) {
+      const int64_t position = patch.first + patch.offset(p.to.width, k);
+      for (int c = channel; c < p.channels && c < channel + kChunk; ++c) {
+        sum += to_float(p.x.load(position * p.channels + c)) *
+               (to_float(p.weight.load(c)) - to_float(p.weight.load(p.channels + c)));
+      }
+    }
+    return sum;
   }
 };
 

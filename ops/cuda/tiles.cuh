@@ -11,7 +11,13 @@ struct Gpu {
   int capability;        // e.g. 80 for 8.0
   int multiprocessors;
   bool allow_tf32;       // float32 products may round their factors to tf32
+  bool deep;             // has the shared memory that deep tiles take
 };
+
+// Architectures whose multiprocessors have 164 KiB of shared memory or more.
+constexpr bool is_deep(int capability) {
+  return capability == 80 || capability == 87 || (capability >= 90 && capability < 120);
+}
 
 // 16-bit tensor cores exist from 7.5 on (fp16; 7.0's need other instructions than these kernels
 // use, so it computes in plain float32) and 8.0 on (bf16, tf32).
@@ -30,6 +36,16 @@ constexpr bool has_tensor_cores<float>(const Gpu& gpu) {
   return gpu.capability >= 80 && gpu.allow_tf32;
 }
 
+// Whether a kernel compiled for this architecture is ever launched; where not, it is left empty.
+// Code for 8.0 may run on 8.6, which is not deep; later architectures do not mix like this.
+template <class Tile>
+constexpr bool is_launched(int capability) {
+  const Gpu gpu{capability, 0, true, false};
+  if (!Tile::kTensorCores) return sizeof(typename Tile::T) == 4 || !has_tensor_cores<typename Tile::T>(gpu);
+  if (!has_tensor_cores<typename Tile::T>(gpu)) return false;
+  return Tile::kDeep ? is_deep(capability) : !is_deep(capability) || capability < 90;
+}
+
 enum class TileShape { kLarge, kMedium, kSmall };  // 128x128, 128x64 and 64x64
 
 // Larger tiles read less from L2 per multiplication; smaller ones occupy more multiprocessors and
@@ -42,7 +58,7 @@ struct TileRule {
   double medium_waves;  // and of 128x64 tiles
 };
 constexpr TileRule kTileRules[] = {
-    {90, 1024, 2.0, 1.0},
+    {90, 2101, 0.62, 1.24},  // dev/tune_tiles.py on an H200
     {80, 1024, 2.0, 1.0},
     {0, 1024, 1e30, 1.0},  // 64 KiB of shared memory hold one large tile only
 };
@@ -66,23 +82,30 @@ inline TileShape choose_tile(const Gpu& gpu, const TileRule* rule, int64_t rows,
 }
 
 // Calls `use` with the tile, as a type.
-template <typename T, bool kScores, class Use>
-void with_tile(TileShape shape, bool tensor_cores, const Use& use) {
-  if (!tensor_cores) {
-    if (shape == TileShape::kSmall) {
-      use(Tile<T, 64, 1, 0, false, kScores>{});
-    } else {
-      use(Tile<T, 128, 1, 0, false, kScores>{});
-    }
-    return;
-  }
+template <typename T, bool kScores, bool kDeep, class Use>
+void with_tensor_tile(TileShape shape, const Use& use) {
   if (shape == TileShape::kSmall) {
-    use(Tile<T, 64, 1, 32, true, kScores>{});
+    use(Tile<T, 64, 1, 32, 32, true, kScores, kDeep>{});
   } else if (kScores || shape == TileShape::kMedium) {
     // The scores' registers would not fit beside a large tile's; conv1 is narrow anyway.
-    use(Tile<T, 128, 1, 64, true, kScores>{});
+    use(Tile<T, 128, 1, 32, 64, true, kScores, kDeep>{});
   } else {
-    use(Tile<T, 128, 2, 64, true>{});
+    use(Tile<T, 128, 2, 64, 64, true, false, kDeep>{});
+  }
+}
+
+template <typename T, bool kScores, class Use>
+void with_tile(TileShape shape, const Gpu& gpu, const Use& use) {
+  if (has_tensor_cores<T>(gpu)) {
+    if (gpu.deep) {
+      with_tensor_tile<T, kScores, true>(shape, use);
+    } else {
+      with_tensor_tile<T, kScores, false>(shape, use);
+    }
+  } else if (shape == TileShape::kSmall) {
+    use(Tile<T, 64, 1, 0, 0, false, kScores>{});
+  } else {
+    use(Tile<T, 128, 1, 0, 0, false, kScores>{});
   }
 }
 

@@ -880,3 +880,21 @@ def test_outputs_keep_the_memory_format_of_the_input():
         assert a.is_contiguous()
         assert b.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", ["spatial", "layer"])
+def test_rates_counted_when_asked_for(mode):
+    """What a GPU does, where rates cost launches: the same as those of ``spatial_mask``."""
+    torch.manual_seed(0)
+    net = LASResNet(50, base_channels=8, stem_channels=8, mode=mode).eval()
+    with torch.inference_mode():
+        net(torch.randn(2, 3, 64, 96))
+    for block in net.blocks():
+        known = block.activation
+        granularity = ops.LAYER if mode == "layer" else block.granularity
+        strides = (block.conv1_stride, block.conv2_stride)
+        geometry = (block.input_hw, granularity, strides, block.dilation)
+        mask, axes = known.mask, tuple(known.rates)
+        asked = sparse._spatial_activation(torch.ones(()), mask, axes, *geometry)
+        assert asked.rates.keys() == known.rates.keys()
+        torch.testing.assert_close(dict(asked.rates), dict(known.rates))

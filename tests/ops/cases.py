@@ -48,8 +48,6 @@ REFERENCES = {
     "sparse_dense_layer_": dense_layer._reference,
     "channel_bottleneck": channels._reference,
     "channel_bottleneck_": channels._reference_,
-    "channel_basic": basic_channels._reference,
-    "channel_basic_": basic_channels._reference_,
     "channel_mask": channels._channel_mask_reference,
     "channel_mean": channels._channel_mean_reference,
     "dense_transition_": dense_transition._reference,
@@ -58,6 +56,7 @@ REFERENCES = {
     "conv1x1_scatter_add_": convolution._conv1x1_scatter_add_reference,
     "conv_pool_stem": maps._conv_pool_stem_reference,
     "spatial_mask": masks._spatial_mask_reference,
+    "patch_mask": lambda *arguments: masks._spatial_mask_reference(*arguments)[0],
     "pack_conv": packing._pack_conv_reference,
 }
 

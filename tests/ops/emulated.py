@@ -274,12 +274,17 @@ class Machine:
             offset=None if offset is None else offset.contiguous(),
             out=more.get("out"),
         )
+        if more.get("unrated"):
+            del arrays["rates"]
         self._run(name, x, geometry, arrays, more.get("weights", ()), more.get("biases", ()))
         assert mask.max() <= 1, "a decision is missing"
         return mask.bool(), rates
 
     def _spatial_mask(self, x, weight, bias, offset, granularity, strides, dilation):
         return self._masker("spatial_mask", x, weight, bias, offset, granularity, strides, dilation)
+
+    def _patch_mask(self, x, *arguments):
+        return self._masker("spatial_mask", x, *arguments, unrated=True)[0]
 
     def _masker_conv1x1(self, x, masker_weight, masker_bias, offset, weight, bias, granularity,
                         strides, dilation):  # fmt: skip

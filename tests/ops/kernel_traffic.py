@@ -116,7 +116,7 @@ def needed_channels(block: cases.Block, wanted: int) -> dict[str, tuple[int, int
     parts = cases.ceil_div(positions, max(256, cases.ceil_div(positions, 64)))
     squeezed = 4 * (width * SQUEEZED + SQUEEZED + width)
     return {
-        "ListImages": (block.mask.numel() + 4 * (n_halo + n_kept), 0),
+        "ListPositions": (block.mask.numel() + 4 * (n_halo + n_kept), 0),
         "ListChannels": (width // TOGETHER + 4 * (5 * n + width), 0),
         "SelectWeights": (2 * weights + 4 * n, 0),
         "conv1": (

@@ -38,6 +38,7 @@ KERNELS = (
     "conv1x1_scatter_add_",
     "gather_conv3x3",
     "masker_conv1x1",
+    "patch_mask",
     "sparse_bottleneck",
     "sparse_bottleneck_",
     "spatial_mask",
@@ -275,6 +276,7 @@ def test_spatial_mask(precision, case):
     x, on_device = on_gpu(block.x), [on_gpu(part) for part in masker]
     geometry = (block.granularity, block.strides, block.dilation)
     mask, rates = call("spatial_mask", x, *on_device, *geometry)
+    assert torch.equal(call("patch_mask", x, *on_device, *geometry), mask)
     check_decisions(block.x, block, masker, mask.cpu(), rates.cpu())
 
 

@@ -251,9 +251,9 @@ def test_spatial_mask(call, case):
     x, masker = block.x, make_masker(block, *offset_kind)
     untouched = Untouched(x, *masker)
     with cases.threads(block.threads):
-        mask, rates = call(
-            "spatial_mask", x, *masker, block.granularity, block.strides, block.dilation
-        )
+        arguments = (x, *masker, block.granularity, block.strides, block.dilation)
+        mask, rates = call("spatial_mask", *arguments)
+        assert torch.equal(call("patch_mask", *arguments), mask)
     untouched.check()
     check_decisions(x, block, masker, mask, rates)
 
@@ -553,6 +553,7 @@ def test_opcheck_masker_conv1x1(block):
     offset = "broadcast" if block.downsample else "none"
     masker, geometry = make_masker(block, offset), (block.granularity, block.strides, 1)
     opcheck("spatial_mask", block.x, *masker, *geometry)
+    opcheck("patch_mask", block.x, *masker, *geometry)
     opcheck("masker_conv1x1", block.x, *masker, block.weights[0], block.biases[0], *geometry)
 
 

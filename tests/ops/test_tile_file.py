@@ -45,7 +45,7 @@ def read(program: Path, path: Path | None, capability: int = 90) -> str:
 
 
 def test_built_in_table(program):
-    assert read(program, None) == "90 1024 2 1"
+    assert read(program, None) == "90 2101 0.62 1.24"
     assert read(program, None, 75) == "0 1024 1e+30 1"
 
 

@@ -46,7 +46,8 @@ class Device {
  public:
   explicit Device(const Call& call)
       : gpu{static_cast<int>(call.capability), static_cast<int>(call.multiprocessors),
-            call.allow_tf32 != 0}, call_(call) {}
+            call.allow_tf32 != 0, is_deep(static_cast<int>(call.capability))},
+        call_(call) {}
 
   const Gpu gpu;
 

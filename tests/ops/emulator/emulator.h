@@ -36,6 +36,7 @@
 #define LAS_MM_DEVICE inline
 #define LAS_MM_UNROLL
 #define LAS_MM_UNROLL_TWICE
+#define LAS_MM_UNROLL_FOUR
 #define LAS_MM_NO_UNROLL
 
 namespace las_mm::cuda {
@@ -1212,6 +1213,9 @@ struct Global {
   void store16(int64_t i, Words value, Place where = Place::here()) const {
     write(i, value, where);
   }
+  void prefetch(int64_t i, Place where = Place::here()) const {
+    emulator::checked_offset(allocation, data, i, sizeof(T), sizeof(T), where);
+  }
   T atomic_add(int64_t i, T value, Place where = Place::here()) const {
     static_assert(std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t> ||
                       std::is_same_v<T, float> || std::is_same_v<T, double>,
@@ -1270,7 +1274,7 @@ void shared_store(int at, T value, emulator::Place where = emulator::Place::here
 }
 
 // The copy happens when it is waited for; until then nobody may touch its destination.
-template <typename T>
+template <bool kReused = false, typename T>
 void copy16_async(int at, const Global<T>& from, int64_t i, bool valid,
                   emulator::Place where = emulator::Place::here()) {
   emulator::Thread& me = emulator::running();
