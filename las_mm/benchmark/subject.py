@@ -153,6 +153,9 @@ def randomize(backbone: nn.Module, seed: int = 0) -> None:
 def fold_batchnorm(model: nn.Module) -> nn.Module:
     """Fold each batch norm into the convolution registered right before it, in place.
 
+    An activation registered between them is one that a block shares, as in a dense layer, whose
+    second norm follows its first convolution; not so in a sequence.
+
     Args:
         model: In eval mode.
 
@@ -165,7 +168,10 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and last is not None:
                 setattr(module, last[0], fuse_conv_bn_eval(last[1], child))
                 setattr(module, name, nn.Identity())
-            last = (name, child) if isinstance(child, nn.Conv2d) else None
+            if isinstance(child, nn.Conv2d):
+                last = (name, child)
+            elif isinstance(module, nn.Sequential) or not isinstance(child, nn.ReLU):
+                last = None
     return model
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-from mmpretrain.models.backbones import RegNet, ResNet
+from mmpretrain.models.backbones import RegNet
 from mmpretrain.models.backbones.resnet import ResLayer
 from mmpretrain.models.backbones.resnext import Bottleneck
 from torch import Tensor, nn
 
+from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.excitation import SqueezeExcitation
 from las_mm.models.regnet import LASRegNet
 
@@ -52,10 +53,11 @@ def plain_twin(backbone: nn.Module, config: Mapping) -> nn.Module:
         backbone: A dynamic backbone.
         config: What it was built from.
     """
-    regnet = isinstance(backbone, LASRegNet)
-    known = inspect.signature((RegNet if regnet else ResNet).__init__).parameters
+    # What it was made from: the first of its bases that is nothing of las_mm's.
+    static = next(cls for cls in type(backbone).__mro__ if not issubclass(cls, DynamicBackbone))
+    known = inspect.signature(static.__init__).parameters
     kwargs = {key: config[key] for key in config if key in known}
-    if not regnet:
-        return ResNet(**kwargs)
+    if static is not RegNet:
+        return static(**kwargs)
     arch = kwargs.pop("arch")
     return _RegNet(LASRegNet.arch_settings[arch] if isinstance(arch, str) else arch, **kwargs)

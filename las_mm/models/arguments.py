@@ -98,11 +98,16 @@ def check_stages(num_stages: int, static: type, given: dict) -> None:
                 f"{name} needs {num_stages} values (one per stage of this network), got "
                 f"{tuple(value(name))}"
             )
-    for index in value("out_indices"):
+    check_used_stages(num_stages, value("out_indices"), value("frozen_stages"))
+
+
+def check_used_stages(num_stages: int, out_indices: Sequence[int], frozen_stages: int) -> None:
+    """Raise ValueError where a stage is named that there is not."""
+    for index in out_indices:
         if index not in range(num_stages):
             raise ValueError(f"out_indices must name stages 0 to {num_stages - 1}, got {index!r}")
-    if value("frozen_stages") > num_stages:
-        raise ValueError(f"frozen_stages must be -1 to {num_stages}, got {value('frozen_stages')}")
+    if frozen_stages > num_stages:
+        raise ValueError(f"frozen_stages must be -1 to {num_stages}, got {frozen_stages}")
 
 
 def dilations_of_blocks(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from las_mm import compat, ops
 from las_mm.models import dense_sparse
-from las_mm.models.arguments import require_bool, static_arguments
+from las_mm.models.arguments import check_used_stages, require_bool, static_arguments
 from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.coverage import in_format, is_channels_last, shadowed
 from las_mm.models.dense_layer import DynamicDenseBlock, DynamicDenseLayer
@@ -21,6 +21,8 @@ from las_mm.models.snapshot import has_hooks
 from las_mm.models.stem import stem_shapes
 from las_mm.network.block import BlockShape, NetworkShape
 from las_mm.registry import MODELS
+
+_ARCH = {"growth_rate", "depths", "init_channels"}
 
 
 @MODELS.register_module()
@@ -74,7 +76,14 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         if isinstance(arch, str) and arch not in self.arch_settings:
             known = ", ".join(self.arch_settings)
             raise ValueError(f"arch of LASDenseNet must be one of {known} or a dict, got {arch!r}")
-        depths = (self.arch_settings[arch] if isinstance(arch, str) else arch)["depths"]
+        wanted = self.arch_settings[arch] if isinstance(arch, str) else arch
+        if set(wanted) != _ARCH:
+            raise ValueError(f"arch must be a dict of {', '.join(sorted(_ARCH))}, got {arch!r}")
+        depths = wanted["depths"]
+        given = kwargs.get("out_indices", -1)
+        given = [given] if isinstance(given, int) else given
+        kwargs["out_indices"] = [i + len(depths) if i < 0 else i for i in given]
+        check_used_stages(len(depths), kwargs["out_indices"], kwargs.get("frozen_stages", 0))
         if isinstance(granularity, (list, tuple)) and len(granularity) == 4 > len(depths):
             granularity = granularity[: len(depths)]  # the default serves shorter networks too
         require_bool("freeze_maskers", freeze_maskers)
