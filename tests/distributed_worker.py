@@ -1,6 +1,6 @@
 """A short training of a classifier, in one process or as one of several: see test_distributed.py.
 
-python -m torch.distributed.run --nproc_per_node=2 tests/distributed_worker.py OUT_FOLDER
+python -m torch.distributed.run --nproc_per_node=2 tests/distributed_worker.py OUT_FOLDER BACKBONE
 """
 
 from __future__ import annotations
@@ -26,28 +26,49 @@ from las_mm.registry import MODELS
 STEPS = 6
 GLOBAL_BATCH = 4
 CLASSES = 5
-MODEL = dict(
-    type="mmpretrain.ImageClassifier",
-    backbone=dict(
-        type="las_mm.LASResNet",
-        depth=50,
-        base_channels=8,
-        stem_channels=8,
-        norm_eval=True,  # batch statistics would couple the images of a process
-        zero_init_residual=False,
-    ),
-    neck=dict(type="mmpretrain.GlobalAveragePooling"),
-    head=dict(type="mmpretrain.LinearClsHead", num_classes=CLASSES, in_channels=256),
-    data_preprocessor=dict(type="mmpretrain.ClsDataPreprocessor", mean=[127.5] * 3, std=[64.0] * 3),
+RESNET = dict(
+    type="las_mm.LASResNet",
+    base_channels=8,
+    stem_channels=8,
+    norm_eval=True,  # batch statistics would couple the images of a process
+    zero_init_residual=False,
 )
+# Each with the channels of its features.
+BACKBONES = dict(
+    bottlenecks=(dict(RESNET, depth=50), 256),
+    basic=(dict(RESNET, depth=18), 64),
+    dense=(
+        dict(
+            type="las_mm.LASDenseNet",
+            arch=dict(growth_rate=8, depths=[2, 3, 2, 2], init_channels=16),
+        ),
+        34,
+    ),
+)
+
+
+def model_config(name: str) -> dict:
+    """A classifier with one of :data:`BACKBONES`."""
+    backbone, channels = BACKBONES[name]
+    return dict(
+        type="mmpretrain.ImageClassifier",
+        backbone=backbone,
+        neck=dict(type="mmpretrain.GlobalAveragePooling"),
+        head=dict(type="mmpretrain.LinearClsHead", num_classes=CLASSES, in_channels=channels),
+        data_preprocessor=dict(
+            type="mmpretrain.ClsDataPreprocessor", mean=[127.5] * 3, std=[64.0] * 3
+        ),
+    )
+
+
 BUDGET = dict(type="las_mm.BudgetLoss", target=0.4, bounds_weight=2.0, release=1.0, loss_weight=3.0)
 
 
-def build_model() -> nn.Module:
+def build_model(name: str = "bottlenecks") -> nn.Module:
     """The same weights in every process, with maskers that are undecided and see the image."""
     init_default_scope("mmpretrain")
     torch.manual_seed(0)
-    model = MODELS.build(MODEL)
+    model = MODELS.build(model_config(name))
     model.init_weights()
     for module in model.modules():
         if isinstance(module, maskers.SpatialMasker):
@@ -55,7 +76,23 @@ def build_model() -> nn.Module:
             nn.init.constant_(module.conv.bias, 0.0)
         if hasattr(module, "norm3"):
             nn.init.constant_(module.norm3.weight, 0.2)
+    if name == "dense":  # which has no norm_eval
+        freeze_statistics(model)
     return model
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Let norms outside the maskers use running statistics in training."""
+    train = type(model.backbone).train
+
+    def frozen(mode: bool = True) -> nn.Module:
+        train(model.backbone, mode)
+        for name, module in model.backbone.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and "masker" not in name:
+                module.eval()
+        return model.backbone
+
+    model.backbone.train = frozen
 
 
 def image(index: int) -> dict:
@@ -92,7 +129,7 @@ class GlobalNoise(Hook):
         self.log.append({key: float(value) for key, value in values.items()})
 
 
-def train(work_dir: Path, launcher: str) -> dict:
+def train(work_dir: Path, launcher: str, name: str = "bottlenecks") -> dict:
     """Train :data:`STEPS` steps; return the log and the final weights."""
     cfg = Config(dict(launcher=launcher, experiment_name=f"distributed_{launcher}"))
     preflight.prepare_device(cfg)
@@ -101,7 +138,7 @@ def train(work_dir: Path, launcher: str) -> dict:
     original, maskers.gumbel_difference = maskers.gumbel_difference, hook.noise
     try:
         runner = Runner(
-            model=build_model(),
+            model=build_model(name),
             work_dir=str(work_dir),
             train_dataloader=DataLoader(
                 [image(index) for batch in batches for index in share(batch)],
@@ -126,5 +163,5 @@ def train(work_dir: Path, launcher: str) -> dict:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    result = train(folder, "pytorch")
+    result = train(folder, "pytorch", *sys.argv[2:])
     torch.save(result, folder / f"rank{dist.get_rank()}.pt")
