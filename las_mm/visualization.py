@@ -12,7 +12,7 @@ from las_mm.fileio import write_atomically
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import flops_report
 from las_mm.models.rates import image_activation
-from las_mm.network.operator import CHANNEL, POSITION
+from las_mm.network.operator import POSITION
 from las_mm.painting import draw_box, paint_predictions
 
 COLORMAP = "viridis"
@@ -173,9 +173,9 @@ def draw_masks(
     axis = sheet.picture(sheet.place(1, 0), text, painted)
     for box, label, color in instances:
         draw_box(axis, box, label, color, sheet.window)
-    what = "share of the dynamic blocks that computed here"
-    if shape.having(CHANNEL):
-        what = "share of the dynamic blocks' channels that computed here"
+    others = [axes[0] for axes in own.named_rates().values() if POSITION not in axes]
+    whose = "' " + " and ".join(f"{axis}s" for axis in others) if others else ""
+    what = f"share of the dynamic blocks{whose} that computed here"
     sheet.heat_map(sheet.place(1, 1), what, None)
     sheet.color_bar()
     for column, stage in enumerate(stages):

@@ -6,6 +6,7 @@ from las_mm.network.bottleneck import BottleneckShape
 from las_mm.network.operator import Conv as ConvShape
 from las_mm.network.operator import Pool as PoolShape
 
+from .analytical.costs import Cost, ShareCost, operator_cost
 from .blocks import block_report
 from .device import KINDS, AnyDevice, Device, available_devices, load_device
 from .measured.calibrated import CalibratedDevice
@@ -27,6 +28,7 @@ __all__ = [
     "BottleneckShape",
     "CalibratedDevice",
     "ConvShape",
+    "Cost",
     "Device",
     "LatencyTable",
     "LatencyTables",
@@ -35,11 +37,13 @@ __all__ = [
     "Prediction",
     "Report",
     "SearchResult",
+    "ShareCost",
     "available_devices",
     "block_report",
     "find_network",
     "load_device",
     "network_report",
+    "operator_cost",
     "paper_report",
     "predict",
     "regnet_shape",

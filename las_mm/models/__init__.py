@@ -12,6 +12,7 @@ from las_mm.models.activation import (  # noqa: E402
     find_dynamic_backbone,
 )
 from las_mm.models.basic import DynamicBasicBlock  # noqa: E402
+from las_mm.models.block import DynamicBlock  # noqa: E402
 from las_mm.models.bottleneck import DynamicBottleneck  # noqa: E402
 from las_mm.models.densenet import LASDenseNet  # noqa: E402
 from las_mm.models.distill import DistilledClassifier  # noqa: E402
@@ -19,15 +20,18 @@ from las_mm.models.flops import flops_report  # noqa: E402
 from las_mm.models.maskers import ChannelMasker, SpatialMasker  # noqa: E402
 from las_mm.models.regnet import LASRegNet  # noqa: E402
 from las_mm.models.resnet import LASResNet  # noqa: E402
+from las_mm.models.settings import BlockSettings  # noqa: E402
 
 __all__ = [
     "Activation",
+    "BlockSettings",
     "ChannelMasker",
     "DistilledClassifier",
     "DynamicBasicBlock",
+    "DynamicBlock",
     "DynamicBottleneck",
-    "LASRegNet",
     "LASDenseNet",
+    "LASRegNet",
     "LASResNet",
     "NetworkActivation",
     "SpatialMasker",

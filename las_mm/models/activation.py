@@ -45,6 +45,20 @@ class Activation:
         """The record of a static block: everything is computed."""
         return cls(torch.ones((), device=like.device))
 
+    def about(self, axis: str, decisions: Tensor) -> Activation:
+        """The same record with what was decided about one more axis.
+
+        Args:
+            axis: As in the gates of the block's operators.
+            decisions: Zeros and ones, (N, ...), with the gradient to the masker; the rate of an
+                image is their mean.
+        """
+        return replace(
+            self,
+            rates={**self.rates, axis: decisions.flatten(1).mean(dim=1)},
+            decisions={**self.decisions, axis: decisions.detach()},
+        )
+
     def rate_of(self, axis: str) -> Tensor:
         """Mean rate of an axis, shape ()."""
         found = self.rates.get(axis)

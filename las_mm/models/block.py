@@ -338,18 +338,18 @@ class DynamicBlock(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         if not compat.is_compiling():
             self.input_hw = (x.shape[-2], x.shape[-1])
-        mask = channels = None
-        if self.masker is None and self.masker_channel is None:
-            self.activation = Activation.full(x)
-        else:
-            # Outside the checkpointed part: noise is drawn once and the activation has its graph.
-            mask, channels = self._decide(x)
+        # Outside the checkpointed part: noise is drawn once and the activation has its graph.
+        masks = self._decide(x)
         if self.with_cp and torch.is_grad_enabled() and x.requires_grad:
-            return checkpoint(self._compute, x, mask, channels, use_reentrant=False)
-        return self._compute(x, mask, channels)
+            return checkpoint(self._compute, x, *masks, use_reentrant=False)
+        return self._compute(x, *masks)
 
-    def _decide(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Run the maskers, leave the activation, return the masks that :meth:`_compute` takes."""
+    def _decide(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """Run the maskers, leave the activation, return the masks that :meth:`_compute` takes.
+
+        A subclass with an axis of its own adds its mask to these, and what it decided to the
+        activation; see :meth:`.activation.Activation.about`.
+        """
         mask = channels = None
         rates: dict[str, Tensor] = {}
         decisions: dict[str, Tensor] = {}
