@@ -20,6 +20,7 @@ from las_mm.cli.parser import Parser
 from las_mm.configs import hook_name
 from las_mm.errors import as_user_errors, told
 from las_mm.fileio import write_atomically
+from las_mm.network.architectures import DENSENETS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: dev/config_table.py -->", "<!-- end of table -->"
@@ -77,7 +78,7 @@ def describe(path: Path) -> dict:
         "path": path.relative_to(ROOT).as_posix(),
         "name": path.stem,
         "model": DETECTORS.get(cfg.model.type, "classifier"),
-        "backbone": f"ResNet-{backbone.depth}" if arch is None else _regnet_name(arch),
+        "backbone": f"ResNet-{backbone.depth}" if arch is None else _arch_name(arch),
         "mode": mode,
         "S": "-".join(map(str, backbone.granularity)) if mode in ("spatial", "both") else "",
         "G": str(backbone.get("channel_granularity", 2)) if mode in ("channel", "both") else "",
@@ -95,7 +96,11 @@ def _target(loss: dict) -> str:
     return f"{loss['target']:g} of {loss['metric']}"
 
 
-def _regnet_name(arch: str) -> str:
+def _arch_name(arch: str | dict) -> str:
+    if isinstance(arch, dict):  # of another width
+        arch = next(n for n, (_, depths, _) in DENSENETS.items() if depths == tuple(arch["depths"]))
+    if arch in DENSENETS:
+        return f"DenseNet-{arch}"
     family, size = arch.removeprefix("regnet").split("_")
     return f"RegNet{family.upper()}-{size.upper()}"
 

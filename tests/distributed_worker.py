@@ -41,6 +41,7 @@ BACKBONES = dict(
         dict(
             type="las_mm.LASDenseNet",
             arch=dict(growth_rate=8, depths=[2, 3, 2, 2], init_channels=16),
+            norm_eval=True,
         ),
         34,
     ),
@@ -76,23 +77,7 @@ def build_model(name: str = "bottlenecks") -> nn.Module:
             nn.init.constant_(module.conv.bias, 0.0)
         if hasattr(module, "norm3"):
             nn.init.constant_(module.norm3.weight, 0.2)
-    if name == "dense":  # which has no norm_eval
-        freeze_statistics(model)
     return model
-
-
-def freeze_statistics(model: nn.Module) -> None:
-    """Let norms outside the maskers use running statistics in training."""
-    train = type(model.backbone).train
-
-    def frozen(mode: bool = True) -> nn.Module:
-        train(model.backbone, mode)
-        for name, module in model.backbone.named_modules():
-            if isinstance(module, nn.BatchNorm2d) and "masker" not in name:
-                module.eval()
-        return model.backbone
-
-    model.backbone.train = frozen
 
 
 def image(index: int) -> dict:

@@ -110,6 +110,17 @@ def test_recipe(detector, no_drawing):
 
 
 @needs.MMDET
+def test_recipe_of_densenets(monkeypatch):
+    path = ROOT / "configs" / "retinanet_lasnet_densenet121.py"
+    assert Config.fromfile(path).model.backbone.init_cfg is None
+    monkeypatch.delenv("LAS_MM_PRETRAINED")
+    cfg = Config.fromfile(path)
+    assert cfg.model.backbone.init_cfg.checkpoint == "torchvision://densenet121"
+    assert cfg.model.backbone.norm_eval and cfg.model.backbone.frozen_stages == 1
+    assert cfg.optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult == RECIPES["retinanet"][1]
+
+
+@needs.MMDET
 def test_pretrained_weights_freeze_what_they_justify(monkeypatch):
     path = ROOT / "configs" / "mask_rcnn_lasnet_r101.py"
     scratch = Config.fromfile(path).model.backbone
@@ -171,9 +182,15 @@ def test_recipe_of_imagenet(name, monkeypatch):
 def shrink(model: dict) -> dict:
     """The same model with few channels."""
     backbone = model.backbone
-    if "depth" in backbone:
-        backbone.update(depth=50, base_channels=8, stem_channels=8, init_cfg=None)
-        channels = [32, 64, 128, 256]
+    if backbone.type == "las_mm.LASDenseNet":
+        arch = dict(growth_rate=8, depths=[2, 2, 2, 2], init_channels=16)
+        backbone.update(arch=arch, init_cfg=None)
+        channels = [[16, 16, 16, 32][i] for i in backbone.out_indices]
+    elif "depth" in backbone:
+        basic = backbone.depth < 50
+        depth = 18 if basic else 50
+        backbone.update(depth=depth, base_channels=8, stem_channels=8, init_cfg=None)
+        channels = [8, 16, 32, 64] if basic else [32, 64, 128, 256]
     else:
         channels = None
     if model.type in CLASSIFIERS:

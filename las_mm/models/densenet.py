@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,6 +15,8 @@ from las_mm.models.arguments import check_used_stages, require_bool, static_argu
 from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.coverage import in_format, is_channels_last, shadowed
 from las_mm.models.dense_layer import DynamicDenseBlock, DynamicDenseLayer
+from las_mm.models.maskers import is_masker
+from las_mm.models.released import convert_densenet
 from las_mm.models.settings import block_settings, in_stage
 from las_mm.models.snapshot import has_hooks
 from las_mm.models.stem import stem_shapes
@@ -42,6 +43,8 @@ class LASDenseNet(DynamicBackbone, DenseNet):
             list of one per layer.
         granularity: Side S of a patch, given like ``mode``. Defaults to ``(4, 4, 2, 1)``.
         freeze_maskers, runtime: See :class:`LASResNet`.
+        norm_eval: Whether norms outside the maskers keep their running statistics in training, as
+            for few images per device. Defaults to ``False``.
         kwargs: Arguments of mmpretrain's ``DenseNet``: ``in_channels``, ``bn_size``,
             ``drop_rate``, ``memory_efficient``, ``out_indices``, ``frozen_stages``, ...
 
@@ -69,6 +72,7 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         mode: str | Sequence = "spatial",
         granularity: int | Sequence = (4, 4, 2, 1),
         freeze_maskers: bool = True,
+        norm_eval: bool = False,
         runtime: str = "auto",
         **kwargs,
     ) -> None:
@@ -88,7 +92,9 @@ class LASDenseNet(DynamicBackbone, DenseNet):
             granularity = granularity[: len(depths)]  # the default serves shorter networks too
         require_bool("freeze_maskers", freeze_maskers)
         self.settings = block_settings(depths, mode=mode, granularity=granularity)
+        require_bool("norm_eval", norm_eval)
         self.freeze_maskers = freeze_maskers
+        self.norm_eval = norm_eval
         self.arch = arch if isinstance(arch, str) else "custom"
         super().__init__(arch, **kwargs)
         self._make_dynamic(kwargs)
@@ -124,6 +130,15 @@ class LASDenseNet(DynamicBackbone, DenseNet):
     def depth(self) -> str:
         """Its arch."""
         return self.arch
+
+    def train(self, mode: bool = True) -> LASDenseNet:
+        """The base class's, and ``norm_eval``."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            for name, module in self.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_masker(name):
+                    module.eval()
+        return self
 
     def _dense_stem(self, x: Tensor) -> Tensor:
         return self.stem(x)
@@ -235,32 +250,11 @@ def _is_known(stage: nn.Module) -> bool:
     )
 
 
-def convert_densenet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's names of a DenseNet's weights -> mmpretrain's; the classifier is left out."""
-    found = {}
-    last = max(int(m[1]) for m in map(re.compile(r"features\.denseblock(\d+)").match, weights) if m)
-    for key, value in weights.items():
-        if key.startswith("classifier."):
-            continue
-        name = re.sub(r"^features\.conv0\.", "stem.0.", key)
-        name = re.sub(r"^features\.norm0\.", "stem.1.", name)
-        name = re.sub(r"^features\.norm5\.", f"transitions.{last - 1}.0.", name)
-        name = re.sub(
-            r"^features\.transition(\d+)\.", lambda m: f"transitions.{int(m[1]) - 1}.", name
-        )
-        name = re.sub(
-            r"^features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)\.?(\d)\.",
-            lambda m: f"stages.{int(m[1]) - 1}.block.{int(m[2]) - 1}.{m[3]}{m[4]}.",
-            name,
-        )
-        found[name] = value
-    return found
-
-
 def _convert_on_load(state_dict: dict[str, Tensor], prefix: str, *_) -> None:
     """Rename torchvision's keys of a ``state_dict`` that is being loaded."""
     mine = [key for key in state_dict if key.startswith(prefix)]
     if not any(key.startswith(f"{prefix}features.denseblock1.") for key in mine):
         return
     weights = {key.removeprefix(prefix): state_dict.pop(key) for key in mine}
-    state_dict.update((prefix + key, value) for key, value in convert_densenet(weights).items())
+    converted = convert_densenet(weights).items()
+    state_dict.update((prefix + k, v) for k, v in converted if not k.startswith("classifier."))

@@ -21,13 +21,13 @@ class LASResNet(DynamicBackbone, ResNet):
     """ResNet whose blocks decide per image which patches and channels, or whether, to compute.
 
     LASNet (arXiv 2210.06223) and LAUDNet (arXiv 2308.15949). What changes against mmpretrain's
-    ``ResNet``: bottlenecks are :class:`~las_mm.models.bottleneck.DynamicBottleneck`; a static
-    checkpoint (torchvision naming) loads, its maskers then start mostly on. Use it in any mm
-    project as
+    ``ResNet``: blocks are :class:`~las_mm.models.bottleneck.DynamicBottleneck` or
+    :class:`~las_mm.models.basic.DynamicBasicBlock`; a static checkpoint (torchvision naming)
+    loads, its maskers then start mostly on. Use it in any mm project as
     ``backbone=dict(type='las_mm.LASResNet', depth=101, out_indices=(0, 1, 2, 3))``.
 
     Args:
-        depth: 50, 101 or 152.
+        depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
         mode: ``'static'``, ``'spatial'`` (patches), ``'channel'``, ``'both'`` (patches and
             channels) or ``'layer'`` (blocks): one for all, one per stage, one per block (flat), or
             per stage a list of one per block, as ``['spatial', 'both', ['channel'] * 5 +

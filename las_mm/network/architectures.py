@@ -36,6 +36,13 @@ ARCHS: dict[str, tuple[int, int, float, float, int]] = {
     "y_3.2gf": (21, 80, 42.63, 2.66, 24),
     "y_8gf": (17, 192, 76.82, 2.19, 56),
 }
+# (growth rate, layers of each dense block, channels of the stem); arXiv 1608.06993.
+DENSENETS: dict[str, tuple[int, tuple[int, ...], int]] = {
+    "121": (32, (6, 12, 24, 16), 64),
+    "161": (48, (6, 12, 36, 24), 96),
+    "169": (32, (6, 12, 32, 32), 64),
+    "201": (32, (6, 12, 48, 32), 64),
+}
 SE_RATIO = 0.25
 """Channels inside the SE of a RegNetY, per input channel of its block."""
 

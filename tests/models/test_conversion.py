@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from mmengine.runner import load_checkpoint
 from mmpretrain.models import ImageClassifier
 
 from conftest import load_tool
-from las_mm.models import LASRegNet, LASResNet, released
+from las_mm.models import LASDenseNet, LASRegNet, LASResNet, released
 from las_mm.models.released import build, convert, load
 from las_mm.registry import MODELS
 
@@ -166,6 +167,47 @@ def test_static_regnets(naming):
     assert LASRegNet("regnety_400mf", mode="static").load_state_dict(found.bare())
 
 
+@pytest.mark.parametrize("depth", [18, 34])
+def test_static_basic_blocks(depth):
+    weights = getattr(torchvision.models, f"resnet{depth}")(weights=None).state_dict()
+    found = convert(weights, mode="both", granularity=[4, 4, 2, 1])
+    assert (found.backbone["type"], found.backbone["depth"]) == ("las_mm.LASResNet", depth)
+    assert not found.unused and found.num_classes == 1000
+    assert not LASResNet(depth, mode="both").load_state_dict(found.bare(), strict=False)[1]
+
+
+@pytest.mark.parametrize("mode", ["static", "both", "channel"])
+def test_basic_blocks_are_recognised_with_their_maskers(mode):
+    net = LASResNet(18, mode=mode, base_channels=16, stem_channels=16, channel_granularity=4)
+    found = convert(net.state_dict(), granularity=2 if mode == "both" else None)
+    assert found.backbone["mode"] == mode and found.backbone["base_channels"] == 16
+    assert mode == "static" or found.backbone["channel_granularity"] == 4
+    net.load_state_dict(found.bare())
+
+
+@pytest.mark.parametrize("naming", ["torchvision", "old", "mmpretrain"])
+def test_static_densenets(naming):
+    weights = torchvision.models.densenet121(weights=None).state_dict()
+    if naming == "old":  # as the files that torchvision offers have it
+        dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))(\d)")
+        weights = {dotted.sub(r"\1.\2", key): value for key, value in weights.items()}
+    elif naming == "mmpretrain":
+        renamed = released.convert_densenet(weights)
+        head = {f"head.fc.{k[11:]}": v for k, v in renamed.items() if k.startswith("classifier.")}
+        weights = {f"backbone.{k}": v for k, v in renamed.items() if k[:11] != "classifier."}
+        weights |= head
+    found = convert(weights)
+    assert found.backbone == dict(type="las_mm.LASDenseNet", arch="121", mode="static")
+    assert not found.unused and found.num_classes == 1000
+    assert LASDenseNet("121", mode="static").load_state_dict(found.bare())
+
+
+def test_other_densenets_are_refused():
+    net = LASDenseNet(dict(growth_rate=8, depths=[2, 2, 2, 2], init_channels=16), mode="static")
+    with pytest.raises(ValueError, match="no DenseNet that is known has 2-2-2-2 layers"):
+        convert(net.state_dict())
+
+
 # Refused -----------------------------------------------------------------------------------------
 
 
@@ -185,9 +227,10 @@ def resnet(**changes) -> dict:
     [
         (dict(epoch=3), {}, "no weights are found"),
         ([1, 2], {}, "no weights are found.* got list"),
-        (dict(a=torch.zeros(2)), {}, "neither a ResNet nor a RegNet"),
-        (torchvision.models.vgg11, {}, "neither a ResNet nor a RegNet"),
-        (torchvision.models.resnet18, {}, "basic blocks"),
+        (dict(a=torch.zeros(2)), {}, "no ResNet, RegNet or DenseNet"),
+        (torchvision.models.vgg11, {}, "no ResNet, RegNet or DenseNet"),
+        (dict(layer1__0__conv3__weight=None), {}, "another shape .* layer1.0.conv1.weight"),
+        (dict(layer1__1__conv3__weight=None), {}, "block 1 of stage 1 has no conv3"),
         (torchvision.models.resnext50_32x4d, {}, "conv2 has groups"),
         (torchvision.models.wide_resnet50_2, {}, "wide ResNets have no dynamic form"),
         (dict(layer1__0__conv2__weight=None), {}, "block 0 of stage 1 has no conv2"),
@@ -292,7 +335,7 @@ def test_tool_refuses(source, tmp_path, refused):
     (tmp_path / "list.json").write_text("[1]")
     for arguments, message in [
         ([tmp_path / "lost.pth", tmp_path / "out.pth"], "lost.pth does not exist"),
-        ([tmp_path / "other.pth", tmp_path / "out.pth"], "neither a ResNet nor a RegNet"),
+        ([tmp_path / "other.pth", tmp_path / "out.pth"], "no ResNet, RegNet or DenseNet"),
         ([path, path], "would replace the source"),
         ([path, tmp_path], "is a folder"),
         ([path, tmp_path / "out.pth", "--spec", tmp_path / "lost.json"], "cannot be read"),

@@ -129,3 +129,11 @@ def test_unknown_arguments_are_named():
         LASDenseNet("121", memory_eficient=True)
     with pytest.raises(TypeError, match="base_chanels"):
         LASResNet(18, base_chanels=8)
+
+
+def test_norm_eval_is_not_about_maskers():
+    net = dense(norm_eval=True, frozen_stages=1).train()
+    norms = {n: m.training for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert norms and not any(norms.values())
+    assert all(masker.training for masker in net.stages[1].block[0].maskers())
+    assert any(m.training for m in dense().train().modules() if isinstance(m, nn.BatchNorm2d))

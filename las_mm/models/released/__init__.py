@@ -11,7 +11,7 @@ and :func:`convert` set all three. FLOPs as the authors count them:
 ``flops_report(activation, counting='released')``.
 """
 
-from las_mm.models.released.names import convert_regnet, convert_resnet
+from las_mm.models.released.names import convert_densenet, convert_regnet, convert_resnet
 from las_mm.models.released.specification import (
     backbone_config,
     regnet_arguments,
@@ -24,6 +24,7 @@ __all__ = [
     "backbone_config",
     "build",
     "convert",
+    "convert_densenet",
     "convert_regnet",
     "convert_resnet",
     "load",

@@ -10,20 +10,23 @@ import torch
 from torch import Tensor
 
 from las_mm.models.maskers import is_masker
-from las_mm.models.released.names import convert_regnet, convert_resnet
+from las_mm.models.released.names import convert_densenet, convert_regnet, convert_resnet
 from las_mm.models.released.recognition import recognise
 from las_mm.models.released.specification import backbone_config
 from las_mm.registry import MODELS
 
 BACKBONE, HEAD = "backbone.", "head."
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network")
-# One weight that every supported network has, by its naming.
-_ANCHORS = (
-    "layer1.0.conv1.weight",
-    "trunk_output.block1.block1-0.f.a.0.weight",
-    "s1.b1.conv1.conv.weight",
-)
-_OWN_PART = re.compile(r"(conv1|bn1|stem|layer\d+|trunk_output|s\d+)\b")
+# One weight that every supported network has, and how such names are converted.
+_ANCHORS = {
+    "layer1.0.conv1.weight": convert_resnet,
+    "trunk_output.block1.block1-0.f.a.0.weight": convert_regnet,
+    "s1.b1.conv1.conv.weight": convert_regnet,
+    "features.denseblock1.denselayer1.conv1.weight": convert_densenet,
+    "features.denseblock1.denselayer1.conv.1.weight": convert_densenet,
+    "stages.0.block.0.conv1.weight": convert_densenet,
+}
+_OWN_PART = re.compile(r"(conv1|bn1|stem|layer\d+|trunk_output|s\d+|features|stages|transitions)\b")
 _COUNTER = ".num_batches_tracked"
 
 
@@ -74,8 +77,8 @@ def convert(
 ) -> Conversion:
     """Convert a released (LASNet, LAUDNet), torchvision, timm or mmpretrain checkpoint.
 
-    ResNet-50, 101 and 152 and the RegNets that :class:`LASRegNet` knows; the weights may be inside
-    ``{'state_dict': ...}`` or ``{'model': ...}`` and have prefixes such as ``module.``.
+    ResNet-18 to 152, the RegNets that :class:`LASRegNet` knows, and DenseNets; the weights may be
+    inside ``{'state_dict': ...}`` or ``{'model': ...}`` and have prefixes such as ``module.``.
 
     Args:
         checkpoint: What ``torch.load`` returned.
@@ -153,7 +156,7 @@ def _prefix(weights: dict[str, Tensor]) -> tuple[str, str]:
     if not found:
         shown = ", ".join(sorted(weights)[:3])
         raise ValueError(
-            "it is neither a ResNet nor a RegNet in the names of torchvision, timm, mmpretrain or "
+            "it is no ResNet, RegNet or DenseNet in the names of torchvision, timm, mmpretrain or "
             f"the authors' code: none of {', '.join(_ANCHORS)} is among the keys {shown}, ..."
         )
     raise ValueError(
@@ -164,7 +167,7 @@ def _prefix(weights: dict[str, Tensor]) -> tuple[str, str]:
 
 def _names(weights: dict[str, Tensor], prefix: str, anchor: str) -> dict[str, str]:
     """Names in the source -> names in the backbone, of all that has the prefix."""
-    convert_names = convert_resnet if anchor == _ANCHORS[0] else convert_regnet
+    convert_names = _ANCHORS[anchor]
     inside = [key for key in weights if key.startswith(prefix)]
     names = {}
     for key in inside:
@@ -176,8 +179,9 @@ def _names(weights: dict[str, Tensor], prefix: str, anchor: str) -> dict[str, st
 def _is_head(key: str, prefix: str) -> bool:
     """Whether it belongs to the classifier: beside or, in torchvision's names, in the network."""
     outer = prefix.removesuffix(BACKBONE)
-    heads = ("fc.weight", "fc.bias", "head.fc.weight", "head.fc.bias")
-    return key.startswith(outer) and key.removeprefix(outer) in heads
+    layer, _, part = key.removeprefix(outer).rpartition(".")
+    known = layer in ("fc", "head.fc", "classifier") and part in ("weight", "bias")
+    return key.startswith(outer) and known
 
 
 def _complete(config: dict, mode: object, granularity: object, settings: dict[str, object]) -> dict:

@@ -36,6 +36,11 @@ _TIMM_PARTS = {
 _TIMM_STEM = {"stem.conv.": "conv1.", "stem.bn.": "bn1."}
 _TIMM_BLOCK = re.compile(r"s(\d+)\.b(\d+)\.")
 
+_DENSE_BLOCK = re.compile(r"features\.denseblock(\d+)\.")
+# Old checkpoints of torchvision have a dot more: norm.1, conv.2.
+_DENSE_LAYER = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)\.?(\d)")
+_DENSE_TRANSITION = re.compile(r"features\.transition(\d+)\.")
+
 
 def convert_resnet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Key names of a released LASNet or LAUDNet ResNet checkpoint -> those of :class:`LASResNet`.
@@ -75,6 +80,43 @@ def convert_regnet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         The same tensors under our names.
     """
     return {_regnet_key(key.removeprefix("module.")): value for key, value in weights.items()}
+
+
+def convert_densenet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Key names of a torchvision or timm DenseNet checkpoint -> those of our LASDenseNet.
+
+    - ``features.conv0``, ``norm0``: ``stem.0``, ``stem.1``
+    - ``features.denseblockI.denselayerJ``: ``stages.(I-1).block.(J-1)``
+    - ``features.transitionI``: ``transitions.(I-1)``
+    - ``features.norm5``: ``0`` of the last of the ``transitions``
+
+    Other keys (the classifier, mmpretrain's) keep their names.
+
+    Args:
+        weights: The ``state_dict``, with or without DDP's ``module.`` prefix.
+
+    Returns:
+        The same tensors under our names.
+    """
+    found = {key.removeprefix("module."): value for key, value in weights.items()}
+    blocks = [int(match[1]) for match in map(_DENSE_BLOCK.match, found) if match]
+    # A single key is one of a published network's, which has four.
+    last = max(blocks) if len(found) > 1 and blocks else 4
+    return {_densenet_key(key, last): value for key, value in found.items()}
+
+
+def _densenet_key(key: str, last: int) -> str:
+    layer, transition = _DENSE_LAYER.match(key), _DENSE_TRANSITION.match(key)
+    if layer is not None:
+        stage, block, part, number = layer.groups()
+        return f"stages.{int(stage) - 1}.block.{int(block) - 1}.{part}{number}{key[layer.end() :]}"
+    if transition is not None:
+        return f"transitions.{int(transition[1]) - 1}.{key[transition.end() :]}"
+    fixed = dict(conv0="stem.0", norm0="stem.1", norm5=f"transitions.{last - 1}.0")
+    for theirs, ours in fixed.items():
+        if key.startswith(f"features.{theirs}."):
+            return ours + key.removeprefix(f"features.{theirs}")
+    return key
 
 
 def _resnet_key(key: str) -> str:

@@ -24,9 +24,9 @@ class ReleasedNetwork(nn.Module):
 
     Example:
         >>> from las_mm.models import released
-        >>> net = released.load("checkpoint.pth", spec)  # or released.build(spec)
-        >>> logits, features = net(images)
-        >>> net.activation().rates, net.flops_percentages(), net.total_macs()
+        >>> net = released.load("checkpoint.pth", spec)  # doctest: +SKIP
+        >>> logits, features = net(images)  # doctest: +SKIP
+        >>> net.flops_percentages(), net.total_macs()  # doctest: +SKIP
     """
 
     def __init__(self, backbone: dict, classes: int = 1000) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from las_mm.network.architectures import ARCHS, regnet_stages
+from las_mm.network.architectures import ARCHS, DENSENETS, regnet_stages
 from las_mm.network.bottleneck import channel_hidden
 
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.")
+_DENSE_LAYER = re.compile(r"stages\.(\d+)\.block\.(\d+)\.")
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+_BASIC_DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 # The usual ones first: several may give the same number of hidden channels.
 _REDUCTIONS = dict.fromkeys((16, 8, 4, 32, 2, 1, 64, *range(3, 64)))
 
@@ -34,6 +36,8 @@ def recognise(weights: dict[str, Tensor]) -> dict:
     Raises:
         ValueError: No such network has these names and shapes; the message says which of them.
     """
+    if "stages.0.block.0.conv1.weight" in weights:
+        return _densenet(weights)
     stages = _stages(weights)
     first = weights["conv1.weight"]
     if first.ndim != 4 or first.shape[1] != 3 or first.shape[2] not in (3, 7):
@@ -66,37 +70,74 @@ def _stages(weights: dict[str, Tensor]) -> list[int]:
     blocks = [found[stage] for stage in sorted(found)]
     for stage, count in enumerate(blocks, start=1):
         for i in range(count):
-            for conv in ("conv1", "conv2", "conv3"):
+            convs = [f"conv{n}" for n in (1, 2, 3)][: 2 if _is_basic(weights) else 3]
+            for conv in convs:
                 if f"layer{stage}.{i}.{conv}.weight" not in weights:
                     raise ValueError(
-                        f"block {i} of stage {stage} has no {conv}: bottlenecks of three "
-                        "convolutions are needed (ResNet-18 and 34 have basic blocks)"
+                        f"block {i} of stage {stage} has no {conv}, unlike the first block"
                     )
     return blocks
 
 
+def _is_basic(weights: dict[str, Tensor]) -> bool:
+    """Whether the first block has two convolutions."""
+    return "layer1.0.conv3.weight" not in weights
+
+
 def _resnet(weights: dict[str, Tensor], stages: list[int]) -> dict:
-    if tuple(stages) not in _DEPTHS:
-        known = ", ".join("-".join(map(str, blocks)) for blocks in _DEPTHS)
-        raise ValueError(
-            f"a ResNet must have {known} blocks (50, 101, 152 layers), got "
-            f"{'-'.join(map(str, stages))}"
-        )
+    basic = _is_basic(weights)
+    depths = _BASIC_DEPTHS if basic else _DEPTHS
+    if tuple(stages) not in depths:
+        known = ", ".join("-".join(map(str, blocks)) for blocks in depths)
+        what = "basic blocks (18, 34 layers)" if basic else "bottlenecks (50, 101, 152 layers)"
+        raise ValueError(f"a ResNet must have {known} {what}, got {'-'.join(map(str, stages))}")
     conv2 = weights["layer1.0.conv2.weight"]
     if conv2.shape[0] != conv2.shape[1]:
         raise ValueError("conv2 has groups: ResNeXts have no dynamic form here")
-    width, widened = (len(weights[f"layer1.0.{name}.weight"]) for name in ("conv1", "conv3"))
-    if widened != 4 * width:
+    width = len(weights["layer1.0.conv1.weight"])
+    widened = len(weights[f"layer1.0.conv{2 if basic else 3}.weight"])
+    if widened != (width if basic else 4 * width):
         raise ValueError(
-            f"a block must have 4 times as many outputs as inner channels, got {widened} and "
-            f"{width}: wide ResNets have no dynamic form here"
+            f"a block must have {'' if basic else '4 times '}as many outputs as inner channels, "
+            f"got {widened} and {width}: wide ResNets have no dynamic form here"
         )
     return dict(
         type="las_mm.LASResNet",
-        depth=_DEPTHS[tuple(stages)],
+        depth=depths[tuple(stages)],
         stem_channels=weights["conv1.weight"].shape[0],
         base_channels=weights["layer1.0.conv1.weight"].shape[0],
     )
+
+
+def _densenet(weights: dict[str, Tensor]) -> dict:
+    found: dict[int, int] = {}
+    for match in filter(None, map(_DENSE_LAYER.match, weights)):
+        stage, layer = int(match[1]), int(match[2])
+        found[stage] = max(found.get(stage, 0), layer + 1)
+    depths = tuple(found[stage] for stage in sorted(found))
+    first = "stages.0.block.0."
+    growth, width = len(weights[f"{first}conv2.weight"]), len(weights[f"{first}conv1.weight"])
+    stem = weights.get("stem.0.weight")
+    if stem is None or stem.ndim != 4 or stem.shape[1:] != (3, 7, 7) or width != 4 * growth:
+        raise ValueError(
+            "a DenseNet must have a stem of 7x7 taps on 3 channels, and 4 times as many channels "
+            f"between a layer's convolutions as it adds, got {width} and {growth}"
+        )
+    sizes = (growth, depths, len(stem))
+    name = next((arch for arch, known in DENSENETS.items() if known == sizes), None)
+    if name is None:
+        raise ValueError(
+            f"no DenseNet that is known has {'-'.join(map(str, depths))} layers that add {growth} "
+            f"channels to {len(stem)}; known: {', '.join(DENSENETS)}"
+        )
+    modes = [
+        [
+            "spatial" if f"stages.{i}.block.{j}.masker.conv.weight" in weights else "static"
+            for j in range(depth)
+        ]
+        for i, depth in enumerate(depths)
+    ]
+    return dict(type="las_mm.LASDenseNet", arch=name, mode=shorten(modes))
 
 
 def _regnet(weights: dict[str, Tensor], stages: list[int]) -> dict:

@@ -4,7 +4,7 @@ A specification is a dict (of a JSON file, say):
 
 =============================  ====================================================================
 ``family``                     ``'resnet'`` or ``'regnet'`` (``'regnetx'``, ``'regnety'``)
-``depth`` or ``arch``          50, 101 or 152, or ``'resnet50'``; ``'regnety_400mf'``,
+``depth`` or ``arch``          18, 34, 50, 101, 152, or ``'resnet50'``; ``'regnety_400mf'``,
                                ``'regnet_y_1_6gf'``, ``'lad_regnet_y_400mf'``, ...
 ``mode``                       ``'static'``, ``'spatial'``, ``'channel'``, ``'both'``, ``'layer'``
 ``width``                      of a ResNet: stem channels over 64; default 1

@@ -1,0 +1,13 @@
+"""LASNet-ResNet-18 on ImageNet, patches of S = 4-4-2-1, FLOPs target t = 0.5, batch 512."""
+
+_base_ = "../_base_/imagenet.py"
+
+static = _base_.las_mm.pretrained or "torchvision://resnet18"
+model = dict(
+    backbone=dict(type="las_mm.LASResNet", depth=18, mode="spatial", granularity=(4, 4, 2, 1)),
+    head=dict(in_channels=512),
+    static_checkpoint=None if static == "none" else static,
+)
+train_dataloader = dict(batch_size=64)
+optim_wrapper = dict(optimizer=dict(lr=0.04))
+auto_scale_lr = dict(base_batch_size=512)
