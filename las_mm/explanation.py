@@ -202,7 +202,7 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
     def measured(module: nn.Module) -> float | None:
         return 1e3 * statistics.median(seconds[module][2:]) if module in seconds else None
 
-    rows = []
+    rows, packed = [], backbone.packed()
     if backbone in seconds:
         rows.append(BlockReport("stem", "", None, None, None, "", None, measured(backbone)))
     shape = backbone.network_shape(tuple(image.shape[-2:]))
@@ -211,7 +211,7 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
     for block in (*(module for module in seconds if module is not backbone), *unseen):
         if block not in geometries:
             name = f"{names[block]} ({type(block).__name__})"
-            runs = "as it is: no block of las_mm"
+            runs = "packed" if block in packed else "as it is: no block of las_mm"
             rows.append(BlockReport(name, "", None, None, None, runs, None, measured(block)))
             continue
         geometry = geometries[block]

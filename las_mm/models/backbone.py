@@ -262,6 +262,15 @@ class DynamicBackbone(nn.Module):
         """The blocks of the stage ``name``, whatever else is in it."""
         return [m for m in self.get_submodule(name).modules() if isinstance(m, DynamicBlock)]
 
+    @property
+    def channels(self) -> int:
+        """Channels of the last stage's features."""
+        return self.blocks()[-1].out_channels
+
+    def packed(self) -> list[nn.Module]:
+        """Modules between the blocks that run on the sparse path, in a packed form."""
+        return []
+
     def maskers(self) -> list[SpatialMasker | ChannelMasker]:
         """All maskers in network order."""
         return [masker for block in self.blocks() for masker in block.maskers()]

@@ -193,10 +193,6 @@ def _slow_on_card(x: Tensor) -> str | None:
     )
 
 
-# Below, las_mm's kernels run on plain float32 arithmetic, which loses against a dense network.
-_TENSOR_CORES = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
-
-
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

@@ -140,6 +140,17 @@ class LASDenseNet(DynamicBackbone, DenseNet):
                     module.eval()
         return self
 
+    @property
+    def channels(self) -> int:
+        """See the base class."""
+        last = self.blocks()[-1]
+        return last.in_channels + last.out_channels
+
+    def packed(self) -> list[nn.Module]:
+        """See the base class: transitions."""
+        packs = [] if self._fast_stem is None else self._fast_stem.transitions
+        return [part for part, pack in zip(self.transitions, packs) if pack is not None]
+
     def _dense_stem(self, x: Tensor) -> Tensor:
         return self.stem(x)
 
@@ -198,6 +209,7 @@ class LASDenseNet(DynamicBackbone, DenseNet):
                     last = following.block[-1]
                     narrow = dense_sparse.room(buffer, last.in_channels + last.out_channels, True)
                     ops.dense_transition_(narrow, buffer, pack)
+                    observe(transition)
                     channels_last |= is_channels_last(transition.conv.weight)
                     x, buffer = narrow[:, : following.block[0].in_channels], narrow
                     if i in self.out_indices:

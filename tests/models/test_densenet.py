@@ -8,8 +8,10 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from mmpretrain.models.backbones import DenseNet
 from torch import nn
 
+import las_mm
+from las_mm import ops
 from las_mm.benchmark.subject import randomize
-from las_mm.models import LASDenseNet, LASResNet, collect_activations, sparse
+from las_mm.models import LASDenseNet, LASResNet, collect_activations, released, sparse
 from las_mm.registry import MODELS
 
 
@@ -137,3 +139,29 @@ def test_norm_eval_is_not_about_maskers():
     assert norms and not any(norms.values())
     assert all(masker.training for masker in net.stages[1].block[0].maskers())
     assert any(m.training for m in dense().train().modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.skipif(not ops.has_block_kernels("cpu"), reason="NATIVE OPS NOT BUILT")
+def test_explain_tells_transitions_from_layers():
+    net = make("dense")
+    explanation = las_mm.explain(net, images(1, 64, 64), quiet=True)
+    rows = {row.name.split()[0]: row.choice for row in explanation.blocks}
+    assert [rows[f"transitions.{i}"].split(":")[0] for i in range(4)] == ["packed"] * 3 + [
+        "as it is"
+    ]
+    assert list(rows)[:4] == ["stem", "stages.0.block.0", "stages.0.block.1", "transitions.0"]
+    nn.init.ones_(net.transitions[1].norm.weight)
+    net.transitions[1].act = nn.GELU()
+    explanation = las_mm.explain(net, images(1, 64, 64), quiet=True)
+    rows = {row.name.split()[0]: row.choice for row in explanation.blocks}
+    assert rows["transitions.1"].startswith("as it is") and rows["transitions.0"] == "packed"
+
+
+def test_a_static_checkpoint_is_a_released_network():
+    theirs = torchvision.models.densenet121(weights=None).eval()
+    randomize(theirs)
+    net, x = released.load(theirs.state_dict()), images(1, 64, 64)
+    with torch.no_grad():
+        logits, features = net(x)
+        torch.testing.assert_close(logits, theirs(x), rtol=1e-3, atol=1e-3)
+    assert len(features) == 4 and net.flops_percentages().min() == 1

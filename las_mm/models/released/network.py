@@ -33,8 +33,7 @@ class ReleasedNetwork(nn.Module):
         super().__init__()
         arguments = {**backbone, "out_indices": (0, 1, 2, 3)}
         self.backbone = MODELS.get(arguments.pop("type"))(**arguments)
-        last = self.backbone.blocks()[-1]
-        self.fc = nn.Linear(last.out_channels, classes)
+        self.fc = nn.Linear(self.backbone.channels, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Images (N, 3, H, W) -> (logits (N, classes), the four stages' feature maps)."""
