@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from las_mm import compat, ops
 from las_mm.models import dense_sparse
-from las_mm.models.arguments import require_bool, static_arguments
+from las_mm.models.arguments import check_out_indices, require_bool, static_arguments
 from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.coverage import in_format, is_channels_last, shadowed
 from las_mm.models.dense_layer import DynamicDenseBlock, DynamicDenseLayer
@@ -74,7 +74,12 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         if isinstance(arch, str) and arch not in self.arch_settings:
             known = ", ".join(self.arch_settings)
             raise ValueError(f"arch of LASDenseNet must be one of {known} or a dict, got {arch!r}")
-        depths = (self.arch_settings[arch] if isinstance(arch, str) else arch)["depths"]
+        depths = self._check(self.arch_settings[arch] if isinstance(arch, str) else arch)
+        if "out_indices" in kwargs:
+            kwargs["out_indices"] = _from_start(kwargs["out_indices"], len(depths))
+        frozen = kwargs.get("frozen_stages", 0)
+        if frozen > len(depths):
+            raise ValueError(f"frozen_stages must be -1 to {len(depths)}, got {frozen}")
         if isinstance(granularity, (list, tuple)) and len(granularity) == 4 > len(depths):
             granularity = granularity[: len(depths)]  # the default serves shorter networks too
         require_bool("freeze_maskers", freeze_maskers)
@@ -86,6 +91,22 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         self._freeze_stages()
         self.runtime = runtime
         self._register_load_state_dict_pre_hook(_convert_on_load)
+
+    @staticmethod
+    def _check(arch: object) -> list[int]:
+        """Layers per dense block of ``arch``."""
+        names = ("growth_rate", "depths", "init_channels")
+        numbers: list = []
+        if isinstance(arch, dict) and all(name in arch for name in names):
+            depths = arch["depths"]
+            own = list(depths) if isinstance(depths, (list, tuple)) and depths else [depths]
+            numbers = [arch["growth_rate"], arch["init_channels"], *own]
+        if not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
+            raise ValueError(
+                "arch of LASDenseNet must be a name or a dict of growth_rate, depths (a list) and "
+                f"init_channels, positive integers, got {arch!r}"
+            )
+        return list(arch["depths"])
 
     def _make_dynamic(self, kwargs: dict) -> None:
         names = ("norm_cfg", "act_cfg", "drop_rate", "memory_efficient")
@@ -211,6 +232,15 @@ class LASDenseNet(DynamicBackbone, DenseNet):
                 buffer[:, c_in : c_in + c_out] = out
             observe(layer)
         return channels_last
+
+
+def _from_start(out_indices: object, count: int) -> list[int]:
+    """``out_indices`` as mmpretrain's DenseNet takes them, counted from the first of ``count``."""
+    listed = [out_indices] if isinstance(out_indices, int) else out_indices
+    if isinstance(listed, (list, tuple)):
+        listed = [n + count if isinstance(n, int) and n < 0 else n for n in listed]
+    check_out_indices(listed, count)
+    return list(listed)
 
 
 def _is_known(stage: nn.Module) -> bool:
