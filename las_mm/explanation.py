@@ -16,6 +16,7 @@ from las_mm.models import sparse
 from las_mm.models.activation import find_dynamic_backbone
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.coverage import obstacle
+from las_mm.models.dense_sparse import FastDenseParts
 
 _ROUNDS = 7
 
@@ -112,9 +113,10 @@ class Explanation:
 def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, str, float | None]:
     """How ``block`` runs, what decided that, and the predicted seconds."""
     fast = block.prepare()
-    if fast is None or x.dtype != fast.dtype:
-        reason = block.no_fast_form or "it has hooks inside, or another dtype than its input"
-        return f"masked-dense: {reason}", "", None
+    if fast is None:
+        return f"masked-dense: {block.no_fast_form or 'modules inside have hooks'}", "", None
+    if x.dtype != fast.dtype:
+        return f"masked-dense: its weights are {fast.dtype}, its input is {x.dtype}", "", None
     choice = fast.choice
     if fast.masker_channel is not None:  # the plan times blocks that compute all channels
         form = "gathered winograd" if choice.winograd else "gathered direct"
@@ -125,6 +127,22 @@ def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, str,
     if rate > choice.dense_above:
         return "dense", choice.decided_by, seconds
     return ("winograd" if choice.winograd else "direct"), choice.decided_by, seconds
+
+
+def _stem_choice(backbone: nn.Module, image: Tensor) -> str:
+    """How the stem runs: in one pass, or as the modules that it is made of, with the reason."""
+    fast = backbone._prepare_stem()
+    if isinstance(fast, FastDenseParts):
+        why, fast = fast.reason, fast.stem
+    else:
+        why = backbone.no_fast_stem or "modules inside have hooks"
+    if backbone.runtime == "dense":
+        why = "runtime='dense'"
+    elif fast is not None and image.dtype == fast.weight.dtype:
+        return "one pass"
+    elif fast is not None:
+        why = f"its weights are {fast.weight.dtype}, its input is {image.dtype}"
+    return f"as its modules: {why}"
 
 
 def explain(
@@ -156,6 +174,8 @@ def explain(
         image = image[None]
     if image.dim() != 4:
         raise ValueError(f"image must be (C, H, W) or (N, C, H, W), got {tuple(image.shape)}")
+    if not image.numel():
+        raise ValueError(f"image must have at least one pixel, got {tuple(image.shape)}")
     channels = backbone.network_shape(tuple(image.shape[-2:])).channels
     if image.shape[1] != channels:
         raise ValueError(
@@ -204,7 +224,8 @@ def _explain(backbone: nn.Module, image: Tensor, quiet: bool) -> Explanation:
 
     rows, packed = [], backbone.packed()
     if backbone in seconds:
-        rows.append(BlockReport("stem", "", None, None, None, "", None, measured(backbone)))
+        runs = _stem_choice(backbone, image)
+        rows.append(BlockReport("stem", "", None, None, None, runs, None, measured(backbone)))
     shape = backbone.network_shape(tuple(image.shape[-2:]))
     geometries = dict(zip(backbone.blocks(), shape.blocks))
     unseen = [block for block in geometries if block not in seconds]

@@ -20,7 +20,7 @@ class Eviction:
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
-        self._data = torch.zeros(_EVICT_BYTES // 4, device=device_type)
+        self._data = torch.zeros(_EVICT_BYTES // 4, device=device_type, dtype=torch.float32)
 
     def __call__(self) -> None:
         self._data.add_(1.0)

@@ -7,7 +7,7 @@ import torch
 
 import las_mm
 from las_mm import ops
-from las_mm.models import LASResNet, coverage
+from las_mm.models import LASDenseNet, LASResNet, coverage
 
 pytestmark = pytest.mark.skipif(not ops.native_available(), reason="NATIVE OPS NOT BUILT")
 
@@ -65,6 +65,34 @@ def test_channel_rates_are_shown():
     assert "channels" in str(explanation)
 
 
+def test_stems_and_blocks_say_which_of_two_reasons_it_is():
+    small = dict(base_channels=8, stem_channels=8)
+    net, image = LASResNet(50, **small), torch.randn(3, 64, 64)
+
+    def runs():
+        rows = las_mm.explain(net, image, quiet=True).blocks
+        return rows[0].choice, rows[1].choice
+
+    assert runs()[0] == "one pass"
+    hooks = [m.register_forward_hook(lambda *_: None) for m in (net.conv1, net.layer1[0].conv2)]
+    assert runs() == (
+        "as its modules: modules inside have hooks",
+        "masked-dense: modules inside have hooks",
+    )
+    for hook in hooks:
+        hook.remove()
+    net.maxpool = torch.nn.AvgPool2d(3, 2, 1)
+    assert runs()[0] == "as its modules: its pooling is AvgPool2d, not MaxPool2d"
+    net.runtime = "dense"
+    assert runs() == ("as its modules: runtime='dense'", "masked-dense: runtime='dense'")
+    net = LASResNet(50, deep_stem=True, **small)
+    assert runs()[0] == "as its modules: its stem is deep"
+    net = LASDenseNet(dict(growth_rate=8, depths=[1, 1], init_channels=8))
+    assert runs()[0] == "one pass"
+    net.stem[3] = torch.nn.AvgPool2d(3, 2, 1)
+    assert runs()[0] == "as its modules: its pooling is AvgPool2d, not MaxPool2d"
+
+
 def test_quiet(model, capsys):
     las_mm.explain(model, torch.randn(1, 3, 32, 32), quiet=True)
     assert capsys.readouterr().out == ""
@@ -75,6 +103,10 @@ def test_errors(model):
         las_mm.explain(model, torch.randn(1, 4, 8, 8))
     with pytest.raises(ValueError, match="float64"):
         las_mm.explain(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"image must have at least one pixel, got \(0, 3, 8, 8\)"):
+        las_mm.explain(model, torch.randn(0, 3, 8, 8))
+    with pytest.raises(ValueError, match="image must be a tensor, got NoneType"):
+        las_mm.explain(model, None)
     with pytest.raises(ValueError, match="exactly one dynamic backbone"):
         las_mm.explain(torch.nn.Conv2d(3, 3, 1), torch.randn(3, 8, 8))
 
@@ -97,5 +129,5 @@ def test_unknown_attribute_of_the_package():
 def test_gpu_without_tensor_cores_for_a_dtype(dtype, capability, refused, monkeypatch):
     monkeypatch.setattr(coverage, "_capability", lambda index: capability)
     x = SimpleNamespace(is_cuda=True, dtype=dtype, device=SimpleNamespace(index=0))
-    reason = coverage.obstacle(x)
+    reason = coverage._slow_on_card(x)
     assert reason is None if refused is None else refused in reason

@@ -138,7 +138,7 @@ def test_missing_tensorboard(refusal, config, monkeypatch):
         ("granularity=[4,0,2,1]", "stage 2: granularity must be a positive integer"),
         ("granularity=[4,2,1]", "granularity needs one value or 4"),
         ("granularity=1.5", "stage 1: granularity must be a positive integer"),
-        ("depth=18", "depth of LASResNet must be one of 50, 101, 152, got 18"),
+        ("depth=20", "depth of LASResNet must be one of 18, 34, 50, 101, 152, got 20"),
         ("type=las_mm.NoNet", "las_mm.NoNet"),
         ("colour=red", "colour"),
     ],

@@ -43,7 +43,7 @@ class Activation:
     @classmethod
     def full(cls, like: Tensor) -> Activation:
         """The record of a static block: everything is computed."""
-        return cls(torch.ones((), device=like.device))
+        return cls(torch.ones((), device=like.device, dtype=torch.float32))
 
     def about(self, axis: str, decisions: Tensor) -> Activation:
         """The same record with what was decided about one more axis.
@@ -173,7 +173,7 @@ class NetworkActivation:
         columns = [self.axes[axis] for axis in axes if axis in self.axes]
         if not columns:
             device = next((v.device for v in self.axes.values()), self.shares.device)
-            return torch.ones(len(self.shape.blocks), device=device)
+            return torch.ones(len(self.shape.blocks), device=device, dtype=torch.float32)
         # Only one of them is less than 1.
         return columns[0] if len(columns) == 1 else torch.stack(columns).prod(dim=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _DEFORMABLE = "dynamic blocks have no deformable convolutions; leave it out"
 _ATTENTION = "dynamic blocks take no modules between their convolutions; leave it out"
@@ -60,6 +60,7 @@ def static_arguments(backbone: type, static: type, given: dict) -> dict:
         if name in own:
             if isinstance(own[name].default, bool):
                 require_bool(name, value)
+            _check_range(name, value)
             arguments[name] = value
         elif name not in ALTERNATIVES:
             raise TypeError(_unknown(backbone, name))
@@ -84,9 +85,55 @@ def require_bool(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+_COUNTS = ("in_channels", "stem_channels", "base_channels", "bn_size")
+_SHARES = ("drop_rate", "drop_path_rate")
+
+
+def _check_range(name: str, value: object) -> None:
+    """Raise ValueError for a value that the static backbone takes, or trips over, unseen."""
+    if name in _COUNTS and value is not None and not _whole(value, 1):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if name in _SHARES and (isinstance(value, bool) or not _between(value, 0, 1)):
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+    if name in ("norm_cfg", "act_cfg") and not (isinstance(value, Mapping) and "type" in value):
+        raise ValueError(
+            f"{name} must be a dict with a type, such as {_EXAMPLES[name]}, got {value!r}"
+        )
+    if name == "conv_cfg" and value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"conv_cfg must be None or a dict, got {value!r}")
+    if name in ("strides", "dilations"):
+        if not isinstance(value, (list, tuple)) or not all(_whole(n, 1) for n in value):
+            raise ValueError(f"{name} must be positive integers, one per stage, got {value!r}")
+    if name == "frozen_stages" and not _whole(value, -1):
+        raise ValueError(f"frozen_stages must be an integer, -1 for none, got {value!r}")
+
+
+_EXAMPLES = dict(norm_cfg="dict(type='BN')", act_cfg="dict(type='ReLU')")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _between(value: object, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
+def check_out_indices(out_indices: object, num_stages: int) -> None:
+    """Raise ValueError unless these are stages, counted from 0, in a list or tuple."""
+    if not isinstance(out_indices, (list, tuple)) or not out_indices:
+        raise ValueError(
+            f"out_indices must be a tuple of stages, such as ({num_stages - 1},), got "
+            f"{out_indices!r}"
+        )
+    for index in out_indices:
+        if not _whole(index, 0) or index >= num_stages:
+            raise ValueError(f"out_indices must name stages 0 to {num_stages - 1}, got {index!r}")
+
+
 def check_stages(num_stages: int, static: type, given: dict) -> None:
     """Raise ValueError where arguments or the static backbone's defaults do not fit the stages."""
-    if num_stages not in range(1, 5):
+    if not _whole(num_stages, 1) or num_stages > 4:
         raise ValueError(f"num_stages must be 1 to 4, got {num_stages!r}")
 
     def value(name: str):
@@ -98,16 +145,9 @@ def check_stages(num_stages: int, static: type, given: dict) -> None:
                 f"{name} needs {num_stages} values (one per stage of this network), got "
                 f"{tuple(value(name))}"
             )
-    check_used_stages(num_stages, value("out_indices"), value("frozen_stages"))
-
-
-def check_used_stages(num_stages: int, out_indices: Sequence[int], frozen_stages: int) -> None:
-    """Raise ValueError where a stage is named that there is not."""
-    for index in out_indices:
-        if index not in range(num_stages):
-            raise ValueError(f"out_indices must name stages 0 to {num_stages - 1}, got {index!r}")
-    if frozen_stages > num_stages:
-        raise ValueError(f"frozen_stages must be -1 to {num_stages}, got {frozen_stages}")
+    check_out_indices(value("out_indices"), num_stages)
+    if value("frozen_stages") > num_stages:
+        raise ValueError(f"frozen_stages must be -1 to {num_stages}, got {value('frozen_stages')}")
 
 
 def dilations_of_blocks(

@@ -138,7 +138,7 @@ class DynamicBackbone(nn.Module):
             return None
         if compat.is_compiling():
             if self._snapshot is None:
-                raise RuntimeError(sparse.PREPARE_FIRST)
+                raise RuntimeError(ops.PREPARE_FIRST)
             return self._fast_stem
         # Another thread may call .eval() or .to() at any time, which forgets both.
         fast, snapshot, parts = self._fast_stem, self._snapshot, self._stem_parts()

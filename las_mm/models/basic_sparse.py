@@ -70,7 +70,7 @@ class FastBasic(FastBlock):
             pack=pack,
             pool=nn.Sequential(*pools) if pools else None,
             strides=(block.stride, 1),
-            one=torch.ones((), device=kernels[0].device),
+            one=torch.ones((), device=kernels[0].device, dtype=torch.float32),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
             masker_channel=block.masker_channel,
             channel_layers=layers_of(block.masker_channel),

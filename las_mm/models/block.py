@@ -232,7 +232,7 @@ class DynamicBlock(nn.Module):
         """
         if compat.is_compiling():
             if self._snapshot is None:
-                raise RuntimeError(sparse.PREPARE_FIRST)
+                raise RuntimeError(ops.PREPARE_FIRST)
             return self._fast
         # Another thread may call .eval() or .to() at any time, which forgets both.
         fast, snapshot = self._fast, self._snapshot
@@ -365,7 +365,9 @@ class DynamicBlock(nn.Module):
             channels = expand_channels(groups, self.channel_granularity)
             rates.update(channel_rates(channels[:, :, 0, 0], self.conv2.groups))
             decisions[CHANNEL] = groups.detach()
-        self.activation = Activation(torch.ones((), device=x.device), rates, decisions)
+        self.activation = Activation(
+            torch.ones((), device=x.device, dtype=torch.float32), rates, decisions
+        )
         return mask, channels
 
     def _decide_positions(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -388,7 +390,7 @@ class DynamicBlock(nn.Module):
             return mask, coarse, mask.mean(dim=(1, 2, 3)), halo.mean(dim=(1, 2, 3))
         _, counts = ops.dilate_mask(coarse, self.granularity, conv1_hw, *self._reader)
         areas = counts.new_tensor([math.prod(out_hw), math.prod(conv1_hw)])
-        return mask, coarse, *(counts / areas).unbind(1)
+        return mask, coarse, *(counts.float() / areas).unbind(1)
 
     def _replicate_for_data_parallel(self) -> DynamicBlock:
         replica = super()._replicate_for_data_parallel()

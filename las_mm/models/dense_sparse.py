@@ -67,7 +67,7 @@ class FastDenseLayer(FastBlock):
         masker = layer.masker
         return cls(
             pack=pack,
-            one=torch.ones((), device=weight1.device),
+            one=torch.ones((), device=weight1.device, dtype=torch.float32),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
             choice=Choice(winograd=len(pack.winograd) > 0, decided_by="the only form"),
             channels_last=any(is_channels_last(c.weight) for c in (layer.conv1, layer.conv2)),
@@ -113,30 +113,30 @@ class FastDenseParts:
     Attributes:
         stem: ``None`` where it runs as the module that it is.
         transitions: Likewise, per dense block.
+        reason: Why the stem does.
     """
 
     stem: FastStem | None
     transitions: list[ops.TransitionPack | None]
+    reason: str | None = None
 
     @classmethod
     def of(cls, backbone: nn.Module) -> FastDenseParts:
         """Fold and pack the parts of ``backbone`` that are as usual."""
-        return cls(_stem(backbone.stem), [_transition(m) for m in backbone.transitions])
+        stem = reason = None
+        try:
+            check_plain(backbone.stem, "its stem", nn.Sequential)
+            if len(backbone.stem) != 4:
+                raise Unsupported(f"its stem has {len(backbone.stem)} modules, not 4")
+            stem = FastStem.of_parts(*backbone.stem)
+        except Unsupported as unknown:
+            reason = str(unknown)
+        return cls(stem, [_transition(m) for m in backbone.transitions], reason)
 
     @property
     def bias(self) -> Tensor | None:
         """A tensor among the packed ones."""
         return None if self.stem is None else self.stem.bias
-
-
-def _stem(stem: nn.Module) -> FastStem | None:
-    try:
-        check_plain(stem, "its stem", nn.Sequential)
-        if len(stem) != 4:
-            return None
-        return FastStem.of_parts(*stem)
-    except Unsupported:
-        return None
 
 
 def _transition(module: nn.Module) -> ops.TransitionPack | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from las_mm import compat, ops
 from las_mm.models import dense_sparse
-from las_mm.models.arguments import check_used_stages, require_bool, static_arguments
+from las_mm.models.arguments import check_out_indices, require_bool, static_arguments
 from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.coverage import in_format, is_channels_last, shadowed
 from las_mm.models.dense_layer import DynamicDenseBlock, DynamicDenseLayer
@@ -22,8 +22,6 @@ from las_mm.models.snapshot import has_hooks
 from las_mm.models.stem import stem_shapes
 from las_mm.network.block import BlockShape, NetworkShape
 from las_mm.registry import MODELS
-
-_ARCH = {"growth_rate", "depths", "init_channels"}
 
 
 @MODELS.register_module()
@@ -80,14 +78,12 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         if isinstance(arch, str) and arch not in self.arch_settings:
             known = ", ".join(self.arch_settings)
             raise ValueError(f"arch of LASDenseNet must be one of {known} or a dict, got {arch!r}")
-        wanted = self.arch_settings[arch] if isinstance(arch, str) else arch
-        if set(wanted) != _ARCH:
-            raise ValueError(f"arch must be a dict of {', '.join(sorted(_ARCH))}, got {arch!r}")
-        depths = wanted["depths"]
-        given = kwargs.get("out_indices", -1)
-        given = [given] if isinstance(given, int) else given
-        kwargs["out_indices"] = [i + len(depths) if i < 0 else i for i in given]
-        check_used_stages(len(depths), kwargs["out_indices"], kwargs.get("frozen_stages", 0))
+        depths = self._check(self.arch_settings[arch] if isinstance(arch, str) else arch)
+        if "out_indices" in kwargs:
+            kwargs["out_indices"] = _from_start(kwargs["out_indices"], len(depths))
+        frozen = kwargs.get("frozen_stages", 0)
+        if frozen > len(depths):
+            raise ValueError(f"frozen_stages must be -1 to {len(depths)}, got {frozen}")
         if isinstance(granularity, (list, tuple)) and len(granularity) == 4 > len(depths):
             granularity = granularity[: len(depths)]  # the default serves shorter networks too
         require_bool("freeze_maskers", freeze_maskers)
@@ -101,6 +97,22 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         self._freeze_stages()
         self.runtime = runtime
         self._register_load_state_dict_pre_hook(_convert_on_load)
+
+    @staticmethod
+    def _check(arch: object) -> list[int]:
+        """Layers per dense block of ``arch``."""
+        names = ("growth_rate", "depths", "init_channels")
+        numbers: list = []
+        if isinstance(arch, dict) and all(name in arch for name in names):
+            depths = arch["depths"]
+            own = list(depths) if isinstance(depths, (list, tuple)) and depths else [depths]
+            numbers = [arch["growth_rate"], arch["init_channels"], *own]
+        if not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
+            raise ValueError(
+                "arch of LASDenseNet must be a name or a dict of growth_rate, depths (a list) and "
+                f"init_channels, positive integers, got {arch!r}"
+            )
+        return list(arch["depths"])
 
     def _make_dynamic(self, kwargs: dict) -> None:
         names = ("norm_cfg", "act_cfg", "drop_rate", "memory_efficient")
@@ -247,6 +259,15 @@ class LASDenseNet(DynamicBackbone, DenseNet):
                 buffer[:, c_in : c_in + c_out] = out
             observe(layer)
         return channels_last
+
+
+def _from_start(out_indices: object, count: int) -> list[int]:
+    """``out_indices`` as mmpretrain's DenseNet takes them, counted from the first of ``count``."""
+    listed = [out_indices] if isinstance(out_indices, int) else out_indices
+    if isinstance(listed, (list, tuple)):
+        listed = [n + count if isinstance(n, int) and n < 0 else n for n in listed]
+    check_out_indices(listed, count)
+    return list(listed)
 
 
 def _is_known(stage: nn.Module) -> bool:

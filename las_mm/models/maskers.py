@@ -38,7 +38,8 @@ def gumbel_difference(reference: Tensor) -> Tensor:
         float32 noise shaped like ``reference``.
     """
     eps = torch.finfo(torch.float32).eps
-    uniform = torch.rand(reference.shape, device=reference.device).clamp_(eps, 1 - eps)
+    uniform = torch.rand(reference.shape, device=reference.device, dtype=torch.float32)
+    uniform = uniform.clamp_(eps, 1 - eps)
     return torch.log(uniform) - torch.log1p(-uniform)
 
 

@@ -342,7 +342,7 @@ class FastBottleneck(FastBlock):
             strides=(block.conv1_stride, block.conv2_stride),
             dilation=block.dilation,
             groups=conv2.groups,
-            one=torch.ones((), device=weights[0].device),
+            one=torch.ones((), device=weights[0].device, dtype=torch.float32),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
             masker_channel=block.masker_channel,
             constants=constants,
@@ -484,7 +484,7 @@ def _channel_activation(
         _, counts = ops.dilate_mask(mask, granularity, size, strides[1], dilation)
         outputs = [-(-n // strides[1]) for n in size]
         areas = counts.new_tensor([math.prod(outputs), math.prod(size)])
-        rates = dict(zip((POSITION, DILATED), (counts / areas).unbind(1)))
+        rates = dict(zip((POSITION, DILATED), (counts.float() / areas).unbind(1)))
     channels = decisions
     if groups > 1:
         channels = decisions.repeat_interleave(channel_granularity, dim=1)

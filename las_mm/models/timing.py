@@ -94,6 +94,8 @@ class Timing:
     winograd: tuple[float, float] | None
 
 
+# Whatever the defaults are that the user's program has set.
+_HERE: dict = dict(dtype=torch.float32, device="cpu")
 # (mask, whether in Winograd form, dense_above) -> what to time.
 _Make = Callable[[Tensor, bool, float], Callable[[], Tensor]]
 
@@ -112,14 +114,14 @@ class _Forms:
 
         def weight(*shape: int) -> Tensor:
             fan_in = shape[1] * shape[2] * shape[3]
-            return (torch.randn(shape, generator=random) / fan_in**0.5).to(dtype)
+            return (torch.randn(shape, generator=random, **_HERE) / fan_in**0.5).to(dtype)
 
         side = kind.side * kind.strides[0] * kind.strides[1]
-        source = torch.rand(1, kind.c_in, side, side, generator=random).to(dtype)
+        source = torch.rand(1, kind.c_in, side, side, generator=random, **_HERE).to(dtype)
         self._source = source.contiguous(memory_format=torch.channels_last)
         self._x = self._source.clone()
         grid = -(-kind.side // 2)
-        low = torch.rand(1, 1, grid, grid, generator=random) < RATES[0]
+        low = torch.rand(1, 1, grid, grid, generator=random, **_HERE) < RATES[0]
         masks = [low, torch.ones_like(low)]
         make = self._basic if kind.block == "basic" else self._bottleneck
         run = make(kind, weight)
@@ -134,10 +136,10 @@ class _Forms:
             weight(kind.width, kind.width // kind.groups, 3, 3),
             weight(kind.c_out, kind.width, 1, 1),
         ]
-        biases = [torch.zeros(kind.width), torch.zeros(kind.width), torch.zeros(kind.c_out)]
+        biases = [torch.zeros(n, **_HERE) for n in (kind.width, kind.width, kind.c_out)]
         if kind.downsample:
             dense.append(weight(kind.c_out, kind.c_in, 1, 1))
-            biases.append(torch.zeros(kind.c_out))
+            biases.append(torch.zeros(kind.c_out, **_HERE))
         packed = [ops.pack_conv(w, g) for w, g in zip(dense, (1, kind.groups, 1, 1))]
         tiles = ops.pack_winograd(dense[1]) if kind.tiled else None
         dense = [w.contiguous(memory_format=torch.channels_last) for w in dense]
@@ -160,7 +162,7 @@ class _Forms:
         if kind.downsample:
             kernels.append(weight(kind.c_out, kind.c_in, 1, 1))
         kernels = [w.contiguous(memory_format=torch.channels_last) for w in kernels]
-        biases = [torch.zeros(len(kernel)) for kernel in kernels]
+        biases = [torch.zeros(len(kernel), **_HERE) for kernel in kernels]
         geometry = kind.strides[0], kind.dilation
         full = ops.pack_basic(kernels, biases, *geometry, dense=True, winograd_cost=0.0)
 

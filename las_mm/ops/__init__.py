@@ -21,6 +21,7 @@ from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel
 from las_mm.ops.contents import (
     MANY_POSITIONS,
     PARTS,
+    PREPARE_FIRST,
     fingerprint,
     fingerprints,
     sample_view,
@@ -49,6 +50,7 @@ __all__ = [
     "LAYER",
     "MANY_POSITIONS",
     "PARTS",
+    "PREPARE_FIRST",
     "TransitionPack",
     "channel_basic",
     "channel_basic_",

@@ -234,7 +234,7 @@ def test_bad_rates_are_named(rates, dilated, message):
         (lambda: PoolShape("p", 8, 3, 2, 4, 0), "w_out must be"),
         (lambda: NetworkShape("n", (4, 4), (), ()), "at least one block"),
         (lambda: NetworkShape("n", (4, 4), (_block(),), (_block(),)), "stem must hold Operators"),
-        (lambda: resnet_shape(34), "depth must be one of 50, 101, 152, got 34"),
+        (lambda: resnet_shape(20), "depth must be one of 18, 34, 50, 101, 152, got 20"),
         (lambda: resnet_shape(50, mode="dynamic"), "unknown mode 'dynamic'"),
         (
             lambda: resnet_shape(50, granularity=(4, 4, 2)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from las_mm import preflight
-from las_mm.models import LASRegNet, LASResNet
+from las_mm.models import LASDenseNet, LASRegNet, LASResNet
 from las_mm.models.arguments import dilations_of_blocks
 
 SMALL = dict(base_channels=4, stem_channels=4)
@@ -109,6 +109,19 @@ def test_preflight_says_it_in_one_sentence():
         ),
         (dict(num_stages=5), "num_stages must be 1 to 4, got 5"),
         (dict(contract_dilation=1), "contract_dilation must be True or False, got 1"),
+        (dict(out_indices=3), r"out_indices must be a tuple of stages, such as \(3,\), got 3"),
+        (dict(out_indices=()), r"out_indices must be a tuple of stages.* got \(\)"),
+        (dict(out_indices=(0.5,)), "out_indices must name stages 0 to 3, got 0.5"),
+        (dict(frozen_stages="1"), "frozen_stages must be an integer, -1 for none, got '1'"),
+        (dict(frozen_stages=5), "frozen_stages must be -1 to 4, got 5"),
+        (dict(base_channels=0), "base_channels must be a positive integer, got 0"),
+        (dict(in_channels="3"), "in_channels must be a positive integer, got '3'"),
+        (dict(stem_channels=-4), "stem_channels must be a positive integer, got -4"),
+        (dict(dilations=(1, 1, 1, 0)), "dilations must be positive integers, one per stage"),
+        (dict(strides=2), "strides must be positive integers, one per stage, got 2"),
+        (dict(drop_path_rate=2.0), "drop_path_rate must be a number from 0 to 1, got 2.0"),
+        (dict(norm_cfg=None), r"norm_cfg must be a dict with a type, such as dict\(type='BN'\)"),
+        (dict(conv_cfg=5), "conv_cfg must be None or a dict, got 5"),
         (dict(multi_grid=(1, 2)), r"multi_grid needs 3 positive integers .* got \(1, 2\)"),
         (dict(multi_grid=(1, 0, 2)), "multi_grid needs 3 positive integers"),
         (
@@ -120,6 +133,37 @@ def test_preflight_says_it_in_one_sentence():
 def test_wrong_values(argument, message):
     with pytest.raises(ValueError, match=message):
         LASResNet(50, **{**SMALL, **argument})
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (dict(arch="120"), "arch of LASDenseNet must be one of 121, .* got '120'"),
+        (
+            dict(arch=dict(depths=[2])),
+            "arch of LASDenseNet must be a name or a dict of growth_rate",
+        ),
+        (
+            dict(arch=dict(growth_rate=0, depths=[2, 2], init_channels=4)),
+            "growth_rate, depths .a list. and init_channels, positive integers",
+        ),
+        (dict(out_indices=(7,)), "out_indices must name stages 0 to 3, got 7"),
+        (dict(out_indices=-5), "out_indices must name stages 0 to 3, got -1"),
+        (dict(frozen_stages=9), "frozen_stages must be -1 to 4, got 9"),
+        (dict(bn_size=0), "bn_size must be a positive integer, got 0"),
+        (dict(drop_rate=2), "drop_rate must be a number from 0 to 1, got 2"),
+        (dict(act_cfg=None), r"act_cfg must be a dict with a type, such as dict\(type='ReLU'\)"),
+    ],
+)
+def test_wrong_values_of_a_densenet(argument, message):
+    with pytest.raises(ValueError, match=message):
+        LASDenseNet(**argument)
+
+
+def test_stages_counted_from_the_last():
+    arch = dict(growth_rate=8, depths=[1, 2], init_channels=8)
+    assert list(LASDenseNet(arch, out_indices=(0, -1)).out_indices) == [0, 1]
+    assert list(LASDenseNet(arch, out_indices=-1).out_indices) == [1]
 
 
 def test_options_without_effect_on_a_regnet():

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import las_mm
 from las_mm import ops
+from las_mm.models import plan
 from las_mm.models.coverage import foreign, obstacle
 from las_mm.models.maskers import SpatialMasker
 from las_mm.models.settings import BlockSettings
@@ -465,3 +466,21 @@ def test_a_nan_stays_one_in_the_stem(dtype):
         image[0, :, row, column] = torch.nan
         for actual, expected in zip(run(net, image), run_masked_dense(net, image)):
             assert torch.equal(actual.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("mode", ["spatial", "both"])
+def test_another_default_dtype(monkeypatch, mode):
+    """What is made without a dtype has the default one, which scripts set to float64."""
+    monkeypatch.undo()  # with measuring: its weights are made without one too
+    monkeypatch.setattr(plan, "_plan", plan.Plan(None))
+    net, x = make(mode), images()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            net(x.float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for block in net.blocks():
+        known = block.activation
+        rates = (known.rate, known.rate_dilated, known.rate_channel)
+        assert {torch.as_tensor(rate).dtype for rate in rates} == {torch.float32}
