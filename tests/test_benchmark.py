@@ -17,7 +17,7 @@ from PIL import Image
 from conftest import load_tool
 from las_mm import drawn_masks as masks
 from las_mm import preflight
-from las_mm.benchmark import contest, cuda_engines, engines, report
+from las_mm.benchmark import contest, cuda_engines, engines, report, static_engines
 from las_mm.benchmark.contest import Contestant
 from las_mm.benchmark.subject import fold_batchnorm, load_candidate, randomize
 from las_mm.cli import benchmark as command
@@ -334,7 +334,7 @@ def test_engines_that_cannot_run_are_named(benchmark, refusal, monkeypatch):
         raise RuntimeError("no such instruction\nat line 1")
 
     def absent(subject):
-        engines._require("no_such_engine")
+        static_engines._require("no_such_engine")
 
     for name in set(engines.BUILDERS) - {"eager-nhwc", "masked-dense", "las_mm"}:
         monkeypatch.setitem(engines.BUILDERS, name, absent if name == "openvino" else broken)

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from las_mm import ops
-from las_mm.benchmark import engines
+from las_mm.benchmark import engines, static_engines
 from las_mm.benchmark.contest import Contestant
-from las_mm.benchmark.engines import TF32, EngineSet, Skip
+from las_mm.benchmark.engines import TF32, EngineSet
+from las_mm.benchmark.static_engines import Skip
 from las_mm.benchmark.subject import DTYPES, Subject
 from las_mm.errors import UserError
 from las_mm.models import sparse
@@ -121,7 +122,7 @@ def compiled(mode: str) -> Builder:
     """torch.compile in a mode that replays CUDA graphs of its own."""
 
     def build(subject: Subject) -> Contestant:
-        contestant = engines.build_compile(subject, mode)
+        contestant = static_engines.build_compile(subject, mode)
         for _ in range(CAPTURE_AFTER):
             contestant.run()  # its graphs are recorded in the second and third run
         return contestant
@@ -153,9 +154,9 @@ def cpu_only(reason: str) -> Builder:
 
 
 STATIC = {
-    "eager-nchw": engines.build_eager_nchw,
-    "eager-nhwc": engines.build_eager_nhwc,
-    "graph": graphed(engines.build_eager_nhwc),
+    "eager-nchw": static_engines.build_eager_nchw,
+    "eager-nhwc": static_engines.build_eager_nhwc,
+    "graph": graphed(static_engines.build_eager_nhwc),
     "compile": compiled("reduce-overhead"),
     "compile-max": compiled("max-autotune"),
 }

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from torch import nn
 
 from las_mm import drawn_masks as masks
-from las_mm.benchmark import contest, engines, report, roofline
+from las_mm.benchmark import contest, engines, report, roofline, static_engines
 from las_mm.benchmark.subject import Candidate, Subject, load_candidate, make_subject
 from las_mm.benchmark.whole_model import build_whole
 from las_mm.errors import UserError
@@ -76,7 +76,7 @@ def time_whole(args: argparse.Namespace, candidate: Candidate, subject, rows, se
     eager = [row for row in rows if row["engine"] in args.known.aliases["eager"]]
     nchw = eager and min(eager, key=lambda row: row["median_ms"])["engine"] == "eager-nchw"
     layout = torch.contiguous_format if nchw else torch.channels_last
-    twin = engines.eager_twin(subject, layout)
+    twin = static_engines.eager_twin(subject, layout)
     mode = "predict" if args.checkpoint else "tensor"
     pair = build_whole(candidate.model, candidate.path, twin, subject.x, setter, mode)
     contest.time_contestants(pair, args.rounds, args.warmup, say)

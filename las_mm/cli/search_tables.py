@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from las_mm.latency import SearchResult
-from las_mm.latency.search import Setting, StageSearch
+from las_mm.latency.search_result import Setting, StageSearch
 
 
 def stage_table(found: StageSearch, top: int) -> Table:

@@ -6,13 +6,15 @@ from las_mm.network.bottleneck import BottleneckShape
 from las_mm.network.operator import Conv as ConvShape
 from las_mm.network.operator import Pool as PoolShape
 
-from .analytical.costs import Cost, ShareCost, operator_cost
+from .analytical.costs import Cost, ShareCost
+from .analytical.rules import operator_cost
 from .blocks import block_report
 from .device import KINDS, AnyDevice, Device, available_devices, load_device
 from .measured.calibrated import CalibratedDevice
 from .prediction import find_network, predict
 from .report import Report
-from .search import SearchResult, search_granularity
+from .search import search_granularity
+from .search_result import SearchResult
 from .table import (
     LatencyTable,
     LatencyTables,

@@ -12,8 +12,8 @@ import numpy as np
 from las_mm.network.block import BlockShape, NetworkShape
 from las_mm.network.operator import CHANNEL, DILATED
 
-from .analytical.costs import block_costs, operator_costs
 from .analytical.operators import check_sizes
+from .analytical.rules import block_costs, operator_costs
 from .device import AnyDevice, load_device
 from .measured.calibrated import CalibratedDevice
 from .report import Report

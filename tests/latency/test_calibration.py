@@ -29,7 +29,7 @@ from las_mm.latency.differentiable import DifferentiableLatency
 from las_mm.latency.measured import calibrate, validation
 from las_mm.latency.measured.calibrate import Settings, measure, read_record
 from las_mm.latency.measured.calibrated import CalibratedDevice, calibration_path
-from las_mm.latency.measured.fitted import TERMS, Probes, quantities
+from las_mm.latency.measured.fitted import TERMS
 from las_mm.latency.measured.fitting import Accuracy, Observation, StemObservation, fit, predicted_s
 from las_mm.latency.measured.halo import expected_dilated_rate
 from las_mm.latency.measured.measurement import (
@@ -40,6 +40,7 @@ from las_mm.latency.measured.measurement import (
     small_case,
 )
 from las_mm.latency.measured.samples import Case, StemCase, draw_cases, stem_cases
+from las_mm.latency.measured.terms import Probes, quantities
 from las_mm.network import MODES, BottleneckShape
 
 PROBES = Probes(1e11, 5e10, ((1e4, 4e11), (1e6, 1e11), (1e8, 3e10)), 2e-5)

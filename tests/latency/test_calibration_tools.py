@@ -10,10 +10,10 @@ from las_mm.cli import validate
 from las_mm.errors import UserError
 from las_mm.latency import load_device
 from las_mm.latency.measured import calibrate
-from las_mm.latency.measured.fitted import Probes
 from las_mm.latency.measured.halo import expected_dilated_rate
 from las_mm.latency.measured.measurement import Measurement, Stopwatch
 from las_mm.latency.measured.samples import StemCase
+from las_mm.latency.measured.terms import Probes
 
 PROBES = Probes(1e11, 5e10, ((1e4, 4e11), (1e6, 1e11), (1e8, 3e10)), 2e-5)
 

@@ -10,7 +10,7 @@ import pytest
 
 from las_mm.latency import Report, load_device
 from las_mm.latency.analytical import operators as ops
-from las_mm.latency.analytical.tiling import candidates
+from las_mm.latency.analytical.axes import candidates
 
 TINY = 1e-12
 

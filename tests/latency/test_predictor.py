@@ -19,8 +19,8 @@ from las_mm.latency import (
     paper_report,
     resnet_shape,
 )
-from las_mm.latency.analytical.costs import operator_cost
 from las_mm.latency.analytical.operators import static_conv
+from las_mm.latency.analytical.rules import operator_cost
 
 
 def _block(**changes):

@@ -16,12 +16,8 @@ from las_mm.latency import (
     network_report,
     resnet_shape,
 )
-from las_mm.latency.search import (
-    candidates,
-    channel_candidates,
-    latency_against_rate,
-    search_granularity,
-)
+from las_mm.latency.candidates import candidates, channel_candidates
+from las_mm.latency.search import latency_against_rate, search_granularity
 
 
 def test_candidates_are_the_sides_that_matter():

@@ -17,17 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from .axes import candidates, grid, lane, patch_axes, request, window
 from .device import Device
-from .tiling import (
-    GATHER_LIMIT,
-    PatchCost,
-    candidates,
-    grid,
-    lane,
-    patch_axes,
-    request,
-    window,
-)
+from .tiling import GATHER_LIMIT, PatchCost
 
 _CACHE = 4096
 _SPREAD = 9.0  # standard deviations beyond which a hypergeometric distribution is cut off

@@ -11,18 +11,17 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np
 
 from ..report import Report
+from .axes import CACHE, Axes, cheapest, grid, lane, patch_axes, request, window
 from .device import Device
 
 GATHER_LIMIT = 256  # a dynamic convolution considers at most this many patches per tile
-_CACHE = 4096
 _Size = np.ndarray  # one axis of the tile, broadcast against the others
 _Times = tuple[np.ndarray, np.ndarray]  # seconds of compute, of memory
-_Axes = tuple[tuple[float, ...], ...]  # candidates for (c, h, w, q)
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,7 @@ class PatchCost:
         )
 
 
-@lru_cache(maxsize=_CACHE)
-def candidates(n: int) -> tuple[float, ...]:
-    """Tile sizes to try on an axis of size ``n``, ascending; a tile may overhang the axis."""
-    sizes = {1 << i for i in range(8) if 1 << i <= 2 * n}
-    sizes.update(-(-n // i) for i in range(1, min(n, 8)))
-    sizes.update(range(2, min(n, 8)))
-    return tuple(float(size) for size in sorted(sizes))
-
-
-@lru_cache(maxsize=_CACHE)
+@lru_cache(maxsize=CACHE)
 def search_conv(
     device: Device,
     c_in: int,
@@ -140,7 +130,7 @@ def search_conv(
     return cheapest(compute, memory)
 
 
-@lru_cache(maxsize=_CACHE)
+@lru_cache(maxsize=CACHE)
 def search_map_op(
     device: Device,
     channels: int,
@@ -172,7 +162,7 @@ def search_map_op(
     return cheapest(compute, memory)
 
 
-@lru_cache(maxsize=_CACHE)
+@lru_cache(maxsize=CACHE)
 def search_value_op(
     device: Device,
     channels: int,
@@ -205,7 +195,7 @@ def search_value_op(
     return cheapest(compute, memory)
 
 
-@lru_cache(maxsize=_CACHE)
+@lru_cache(maxsize=CACHE)
 def search_dynamic_conv(
     device: Device,
     c_in: int,
@@ -257,7 +247,7 @@ def search_dynamic_conv(
     return search_patches(name, device, -(-h_out // side) * -(-w_out // side), axes, times)
 
 
-@lru_cache(maxsize=_CACHE)
+@lru_cache(maxsize=CACHE)
 def search_scatter_add(
     device: Device,
     channels: int,
@@ -296,7 +286,7 @@ def search_scatter_add(
 
 
 def search_patches(
-    name: str, device: Device, positions: int, axes: _Axes, times: Callable[..., _Times]
+    name: str, device: Device, positions: int, axes: Axes, times: Callable[..., _Times]
 ) -> PatchCost:
     """Choose the tiling for the mean count over 1..positions, which need not be an integer.
 
@@ -313,40 +303,3 @@ def search_patches(
     return PatchCost(
         name, positions, device.launch_s, fixed, slope, float(times(1, *tile)[0]), int(tile[3])
     )
-
-
-def grid(*sizes: int) -> tuple[np.ndarray, ...]:
-    return tuple(np.meshgrid(*(candidates(n) for n in sizes), indexing="ij", sparse=True))
-
-
-def patch_axes(channels: int, side: int, patches: int) -> _Axes:
-    # Unlike a tile of a map, a tile of a patch does not overhang it.
-    sides = tuple(size for size in candidates(side) if size <= side)
-    return candidates(channels), sides, sides, candidates(patches)
-
-
-def window(h: Any, w: Any, kernel: int, stride: int, dilation: int) -> Any:
-    """Input values per channel under an h x w output tile, as the model counts them."""
-    halo = (kernel - 1) * dilation
-    return (h + halo) * stride * (w + halo) * stride
-
-
-def lane(device: Device, size: np.ndarray) -> np.ndarray:
-    """Share of a processing engine's in-flight slots that ``size`` operations fill."""
-    slots = device.macs_in_flight_per_lane * device.lanes
-    return size / (np.ceil(size / slots) * slots)
-
-
-def request(device: Device, w: np.ndarray, gap: np.ndarray) -> np.ndarray:
-    """Useful share of the memory requests for rows of ``w`` values, ``gap`` values apart."""
-    wide = device.request_width
-    gap = np.maximum(gap, 0)
-    short = np.where(w + gap > wide, w / wide, w / (w + gap))
-    return np.where(w > wide, w / (np.ceil(w / wide) * wide), short)
-
-
-def cheapest(compute: np.ndarray, memory: np.ndarray) -> tuple[float, float]:
-    """(compute, memory) of the first tiling of least total."""
-    compute, memory = np.broadcast_arrays(compute, memory)
-    best = int(np.argmin(compute + memory))
-    return float(compute.flat[best]), float(memory.flat[best])

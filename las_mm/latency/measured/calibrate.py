@@ -25,10 +25,10 @@ from las_mm.fileio import write_atomically
 from las_mm.machine import machine, processor
 
 from .calibrated import CalibratedDevice
-from .fitted import Probes
 from .fitting import Observation, StemObservation, check_libraries, fit
 from .measurement import Measurement, Stopwatch, measure_case
 from .samples import Case, StemCase, draw_cases, stem_cases
+from .terms import Probes
 
 _RECORD_FORMAT = 2
 _MOST_MACS = 12e9  # of a block

@@ -21,8 +21,9 @@ from las_mm.network.bottleneck import BottleneckShape
 from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION, Conv, Pool
 
 from ..report import Report
-from .fitted import INPUTS, TERMS, Correction, FittedModel, Probes
+from .fitted import INPUTS, TERMS, Correction, FittedModel
 from .halo import expected_dilated_rate
+from .terms import Probes
 
 FORMAT = 1
 _DIGITS = 7  # of numbers in a file; float32 has as many

@@ -15,16 +15,9 @@ import numpy as np
 
 from las_mm.network.bottleneck import BottleneckShape
 
-from .fitted import (
-    INPUTS,
-    TERMS,
-    Correction,
-    FittedModel,
-    Probes,
-    correction_inputs,
-    quantities,
-)
+from .fitted import INPUTS, TERMS, Correction, FittedModel, correction_inputs
 from .samples import StemCase
+from .terms import Probes, quantities
 
 _FOLDS = 5
 _ROBUST = 1.5  # median errors beyond which a measurement loses weight
