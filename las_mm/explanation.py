@@ -16,7 +16,7 @@ from las_mm.models import sparse
 from las_mm.models.activation import find_dynamic_backbone
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.coverage import obstacle
-from las_mm.models.dense_sparse import FastDenseParts
+from las_mm.models.executors.dense_layer import DenseNetParts
 
 _ROUNDS = 7
 
@@ -112,13 +112,13 @@ class Explanation:
 
 def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, str, float | None]:
     """How ``block`` runs, what decided that, and the predicted seconds."""
-    fast = block.prepare()
-    if fast is None:
-        return f"masked-dense: {block.no_fast_form or 'modules inside have hooks'}", "", None
-    if x.dtype != fast.dtype:
-        return f"masked-dense: its weights are {fast.dtype}, its input is {x.dtype}", "", None
-    choice = fast.choice
-    if fast.masker_channel is not None:  # the plan times blocks that compute all channels
+    executor = block.prepare()
+    if executor is None:
+        return f"masked-dense: {block.why_dense or 'modules inside have hooks'}", "", None
+    if x.dtype != executor.dtype:
+        return f"masked-dense: its weights are {executor.dtype}, its input is {x.dtype}", "", None
+    choice = executor.choice
+    if executor.masker_channel is not None:  # the plan times blocks that compute all channels
         form = "gathered winograd" if choice.winograd else "gathered direct"
         return form, choice.decided_by, None
     stride = block.conv1_stride * block.conv2_stride
@@ -131,17 +131,17 @@ def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, str,
 
 def _stem_choice(backbone: nn.Module, image: Tensor) -> str:
     """How the stem runs: in one pass, or as the modules that it is made of, with the reason."""
-    fast = backbone._prepare_stem()
-    if isinstance(fast, FastDenseParts):
-        why, fast = fast.reason, fast.stem
+    executor = backbone._prepare_stem()
+    if isinstance(executor, DenseNetParts):
+        why, executor = executor.reason, executor.stem
     else:
-        why = backbone.no_fast_stem or "modules inside have hooks"
+        why = backbone.why_stem_dense or "modules inside have hooks"
     if backbone.runtime == "dense":
         why = "runtime='dense'"
-    elif fast is not None and image.dtype == fast.weight.dtype:
+    elif executor is not None and image.dtype == executor.weight.dtype:
         return "one pass"
-    elif fast is not None:
-        why = f"its weights are {fast.weight.dtype}, its input is {image.dtype}"
+    elif executor is not None:
+        why = f"its weights are {executor.weight.dtype}, its input is {image.dtype}"
     return f"as its modules: {why}"
 
 
@@ -189,7 +189,7 @@ def explain(
             if not sparse.wanted(image):
                 why = obstacle(image)
                 raise ValueError(
-                    "the fast form does not run here: las_mm.explain needs a float32 or bfloat16 "
+                    "the sparse path does not run here: las_mm.explain needs a float32 or bfloat16 "
                     "(on a GPU also float16) image, the native ops for its device, and no "
                     f"autocast or masked_dense() around it, got {image.dtype} on {image.device}"
                     + ("" if why is None else f"; {why}")

@@ -205,8 +205,8 @@ def test_it_runs_masked_dense_and_explain_says_why(mode):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
     explanation = las_mm.explain(net, IMAGES[:1], quiet=True)
     for block, row in zip(net.blocks(), explanation.blocks[1:]):
-        assert "AttentionBlock" in block.no_fast_form
-        assert row.choice.startswith("masked-dense") and block.no_fast_form in row.choice
+        assert "AttentionBlock" in block.why_dense
+        assert row.choice.startswith("masked-dense") and block.why_dense in row.choice
 
 
 def test_it_is_built_from_a_config():

@@ -74,7 +74,7 @@ def no_measuring(monkeypatch):
         def lookup(self, kind, device_type="cpu"):
             return plan.Choice(winograd=kind.tiled)
 
-    monkeypatch.setattr(sparse, "current_plan", Fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", Fixed)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -272,7 +272,7 @@ def step_and_infer(cfg: Config) -> None:
             (nn.init.normal_ if "weight" in name else nn.init.zeros_)(parameter)
     with torch.no_grad():
         outs = model.backbone(images)
-        reasons = {block.no_fast_form for block in model.backbone.blocks()}
+        reasons = {block.why_dense for block in model.backbone.blocks()}
         assert reasons == {None}
         if model.backbone.maskers():
             assert flops_report(collect_activations(model)).ratio < 0.95

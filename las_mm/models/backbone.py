@@ -15,7 +15,8 @@ from las_mm.models import sparse
 from las_mm.models.activation import NetworkActivation
 from las_mm.models.arguments import dilations_of_blocks
 from las_mm.models.block import DynamicBlock
-from las_mm.models.coverage import is_channels_last, shadowed
+from las_mm.models.coverage import Unsupported, is_channels_last, shadowed
+from las_mm.models.executors.stem import FusedConvStem, FusedStem
 from las_mm.models.initialization import split
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
@@ -30,29 +31,29 @@ class DynamicBackbone(nn.Module):
 
     Put before the static backbone among the bases. A subclass sets :attr:`settings` before the
     constructor of the static backbone runs, which calls :meth:`make_res_layer` for each stage,
-    and gives :attr:`architecture`, :meth:`_dense_stem` and, where the stem has a fast form,
-    :attr:`fast_stem` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``,
+    and gives :attr:`architecture`, :meth:`_dense_stem` and, where the stem has a sparse path,
+    :attr:`stem_class` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``,
     ``res_layers`` (names of the stages), ``frozen_stages``, ``freeze_maskers`` and, as mmseg's
     ResNet has them, ``contract_dilation`` and ``multi_grid``.
 
     Attributes:
         settings: How every block skips, [stage][block].
-        fast_stem: Class of the stem's fast form.
+        stem_class: Class of the stem's sparse path.
         static_forward: The static backbone's ``forward``, which the sparse path replaces.
         runtime: How blocks run in eval mode without gradients: ``'auto'``, each in the form that
             the plan says is the fastest on this machine, measured when it is first met;
             ``'sparse'``, on the sparse path, without measuring; ``'dense'``, masked-dense, as in
             training. It may be changed at any time.
-        no_fast_stem: Why the stem runs dense; ``None`` if it does not.
+        why_stem_dense: Why the stem runs dense; ``None`` if it does not.
     """
 
-    fast_stem: type[sparse.FastStem] | type[sparse.FastConvStem] | None = None
+    stem_class: type[FusedStem] | type[FusedConvStem] | None = None
     static_forward: Callable
-    no_fast_stem: str | None = None
+    why_stem_dense: str | None = None
     freeze_maskers = True
     contract_dilation = False
     multi_grid: Sequence[int] | None = None
-    _fast_stem: sparse.FastStem | sparse.FastConvStem | None = None
+    _stem_executor: FusedStem | FusedConvStem | None = None
     _snapshot: Snapshot | None = None
     _made_for: list[str] | None = None
     _key: str | None = None
@@ -128,31 +129,31 @@ class DynamicBackbone(nn.Module):
         for block in self.blocks():
             block.prepare()
 
-    def _prepare_stem(self) -> sparse.FastStem | sparse.FastConvStem | None:
-        """The fast form of the stem, made anew if weights have changed; ``None`` if there is none.
+    def _prepare_stem(self) -> FusedStem | FusedConvStem | None:
+        """What runs the stem, made anew if weights have changed; ``None``: its modules do.
 
         Raises:
             RuntimeError: Inside ``torch.compile`` or ``torch.export`` before the first call.
         """
-        if self.fast_stem is None or self.runtime == "dense":
+        if self.stem_class is None or self.runtime == "dense":
             return None
         if compat.is_compiling():
             if self._snapshot is None:
                 raise RuntimeError(ops.PREPARE_FIRST)
-            return self._fast_stem
+            return self._stem_executor
         # Another thread may call .eval() or .to() at any time, which forgets both.
-        fast, snapshot, parts = self._fast_stem, self._snapshot, self._stem_parts()
+        executor, snapshot, parts = self._stem_executor, self._snapshot, self._stem_parts()
         if snapshot is None or parts != self._made_for or snapshot.stale():
-            fast = why = None
+            executor = why = None
             try:
-                fast = self.fast_stem.of(self)
-            except sparse.Unsupported as reason:
+                executor = self.stem_class.of(self)
+            except Unsupported as reason:
                 why = str(reason)
-            snapshot = Snapshot(self, parts, fast is not None)
-            self._made_for, self.no_fast_stem = parts, why
-            self._fast_stem, self._snapshot = fast, snapshot
+            snapshot = Snapshot(self, parts, executor is not None)
+            self._made_for, self.why_stem_dense = parts, why
+            self._stem_executor, self._snapshot = executor, snapshot
             self._key = watch(self, self._key)
-        return None if snapshot.hooked() else fast
+        return None if snapshot.hooked() else executor
 
     def stale(self, positions: int | None = None) -> bool:
         """Whether the stem differs from the one whose weights are packed, or none are.
@@ -169,11 +170,11 @@ class DynamicBackbone(nn.Module):
         return checked(value, self, self._snapshot, self._key, 1, self._stem_parts())
 
     def _stem_parts(self) -> list[str]:
-        """Names of the modules that the fast form of the stem is made of."""
+        """Names of the modules that the sparse path of the stem is made of."""
         raise NotImplementedError
 
     def _apply(self, *args, **kwargs) -> DynamicBackbone:
-        self._fast_stem = self._snapshot = None
+        self._stem_executor = self._snapshot = None
         return super()._apply(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> DynamicBackbone:
@@ -182,11 +183,13 @@ class DynamicBackbone(nn.Module):
         return replica
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_fast_stem": None, "_snapshot": None, "_key": None}
+        return {**self.__dict__, "_stem_executor": None, "_snapshot": None, "_key": None}
 
     def train(self, mode: bool = True) -> DynamicBackbone:
         """The parent's, but returning the module like every other ``nn.Module``."""
-        self._fast_stem = self._snapshot = None  # made anew, as weights may be swapped in between
+        self._stem_executor = self._snapshot = (
+            None  # as weights may be swapped
+        )
         super().train(mode)
         # norm_eval is about statistics that came with static weights: maskers have none of these.
         # Theirs train like their other weights, and stand still in frozen stages.

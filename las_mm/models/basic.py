@@ -6,9 +6,9 @@ import torch
 from mmpretrain.models.backbones.resnet import BasicBlock
 from torch import Tensor, nn
 
-from las_mm.models import basic_sparse
 from las_mm.models.block import DynamicBlock
 from las_mm.models.coverage import register
+from las_mm.models.executors.basic_block import SparseBasicBlock
 from las_mm.models.settings import BlockSettings
 from las_mm.network.basic import BasicShape
 
@@ -71,8 +71,8 @@ class DynamicBasicBlock(DynamicBlock, BasicBlock):
             **self._channel_masker_shape(),
         )
 
-    def _make_fast(self) -> basic_sparse.FastBasic:
-        return basic_sparse.FastBasic.of(self)
+    def _make_executor(self) -> SparseBasicBlock:
+        return SparseBasicBlock.of(self)
 
     def _compute(self, x: Tensor, mask: Tensor | None, channels: Tensor | None) -> Tensor:
         out = self._gated(self.conv1(x), self.conv1, self.norm1, channels)

@@ -1,4 +1,4 @@
-"""What every dynamic residual block has: maskers, a decision, a record and a fast form."""
+"""What every dynamic residual block has: maskers, a decision, a record and a sparse path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from las_mm import compat, ops
 from las_mm.models import sparse
 from las_mm.models.activation import Activation, channel_rates
-from las_mm.models.coverage import in_format, is_channels_last, shadowed
+from las_mm.models.coverage import Unsupported, in_format, is_channels_last, shadowed
+from las_mm.models.executors.base import SparseBlock
 from las_mm.models.maskers import (
     ChannelMasker,
     SpatialMasker,
@@ -63,9 +64,10 @@ class DynamicBlock(nn.Module):
     Put before the static block among the bases; its constructor runs as it is, then
     :meth:`make_dynamic` adds the maskers, so the parameters keep their names and static
     checkpoints load. ``forward`` returns only the features; what was skipped is left in
-    :attr:`activation`. A subclass gives :meth:`_compute` and, where there is a fast form,
-    :meth:`_make_fast`. It reads the block's ``in_channels``, ``mid_channels``, ``conv1_stride``,
-    ``conv2_stride``, ``stride``, ``dilation``, ``conv2``, ``relu`` and ``with_cp``.
+    :attr:`activation`. A subclass gives :meth:`_compute` and, where there is a sparse path,
+    :meth:`_make_executor`. It reads the block's ``in_channels``, ``mid_channels``,
+    ``conv1_stride``, ``conv2_stride``, ``stride``, ``dilation``, ``conv2``, ``relu`` and
+    ``with_cp``.
 
     Attributes:
         mode, granularity, channel_granularity, channel_position: See :class:`BlockSettings`. They
@@ -75,7 +77,7 @@ class DynamicBlock(nn.Module):
         masker_channel: Decides about channels; ``None`` in other modes.
         activation: What the last forward pass did; ``None`` before the first.
         input_hw: Rows and columns of its last input, but for those in compiled programs.
-        no_fast_form: Why the block runs masked-dense; ``None`` if it does not.
+        why_dense: Why the block runs masked-dense; ``None`` if it does not.
     """
 
     mode = _setting("mode")
@@ -112,8 +114,8 @@ class DynamicBlock(nn.Module):
                 settings.channel_reduction,
             )
         self._activation: Activation | Callable[[], Activation] | None = None
-        self.no_fast_form: str | None = None
-        self._fast: sparse.FastBlock | None = None
+        self.why_dense: str | None = None
+        self._executor: SparseBlock | None = None
         self._snapshot: Snapshot | None = None
         self._made_for: tuple | None = None
         self._key: str | None = None
@@ -199,10 +201,10 @@ class DynamicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
         if not self.training and self.runtime != "dense" and sparse.wanted(x):
-            fast = self.fast_for(x)
-            if fast is not None:
-                channels_last = fast.channels_last or is_channels_last(x)
-                return in_format(fast(self, x, False), channels_last)
+            executor = self.executor_for(x)
+            if executor is not None:
+                channels_last = executor.channels_last or is_channels_last(x)
+                return in_format(executor(self, x, False), channels_last)
         return self._forward(x)
 
     def infer(self, x: Tensor, in_place: bool = False) -> Tensor:
@@ -213,16 +215,16 @@ class DynamicBlock(nn.Module):
             in_place: Whether ``x`` is the output of a ReLU that nobody else reads, so that it may
                 be overwritten.
         """
-        fast = self.fast_for(x)
-        return self._forward(x) if fast is None else fast(self, x, in_place)
+        executor = self.executor_for(x)
+        return self._forward(x) if executor is None else executor(self, x, in_place)
 
-    def fast_for(self, x: Tensor) -> sparse.FastBlock | None:
+    def executor_for(self, x: Tensor) -> SparseBlock | None:
         """The packed form that computes this block for ``x``; ``None``: it runs masked-dense."""
-        fast = self.prepare(self._positions(x))
-        return fast if fast is not None and x.dtype == fast.dtype else None
+        executor = self.prepare(self._positions(x))
+        return executor if executor is not None and x.dtype == executor.dtype else None
 
-    def prepare(self, positions: int | None = None) -> sparse.FastBlock | None:
-        """Fold and pack the weights unless that is done; ``None`` if only the training form runs.
+    def prepare(self, positions: int | None = None) -> SparseBlock | None:
+        """Fold and pack the weights unless that is done; ``None``: it runs masked-dense.
 
         Args:
             positions: See :meth:`stale`.
@@ -233,22 +235,22 @@ class DynamicBlock(nn.Module):
         if compat.is_compiling():
             if self._snapshot is None:
                 raise RuntimeError(ops.PREPARE_FIRST)
-            return self._fast
+            return self._executor
         # Another thread may call .eval() or .to() at any time, which forgets both.
-        fast, snapshot = self._fast, self._snapshot
+        executor, snapshot = self._executor, self._snapshot
         if snapshot is None or self._settings() != self._made_for or snapshot.stale(positions):
-            made_for, fast, why = self._settings(), None, None
+            made_for, executor, why = self._settings(), None, None
             try:
                 if self.runtime == "dense":
-                    raise sparse.Unsupported("runtime='dense'")
-                fast = self._make_fast()
-            except sparse.Unsupported as reason:
+                    raise Unsupported("runtime='dense'")
+                executor = self._make_executor()
+            except Unsupported as reason:
                 why = str(reason)
-            snapshot = Snapshot(self, packed=fast is not None)
-            self._made_for, self.no_fast_form = made_for, why
-            self._fast, self._snapshot = fast, snapshot
+            snapshot = Snapshot(self, packed=executor is not None)
+            self._made_for, self.why_dense = made_for, why
+            self._executor, self._snapshot = executor, snapshot
             self._key = watch(self, self._key)
-        return None if snapshot.hooked() else fast
+        return None if snapshot.hooked() else executor
 
     def stale(self, positions: int | None = None) -> bool:
         """Whether the block differs from the one whose weights are packed, or none are.
@@ -292,18 +294,18 @@ class DynamicBlock(nn.Module):
         return snapshot is not None and snapshot.hooked()
 
     def train(self, mode: bool = True) -> DynamicBlock:
-        """The parent's; the fast form is made anew, as weights may be swapped in between."""
-        self._fast = self._snapshot = None
+        """The parent's; the sparse path is made anew, as weights may be swapped in between."""
+        self._executor = self._snapshot = None
         super().train(mode)
         return self
 
-    def _make_fast(self) -> sparse.FastBlock:
+    def _make_executor(self) -> SparseBlock:
         """The packed form of this block.
 
         Raises:
-            sparse.Unsupported: It has a part without a fast form.
+            Unsupported: It has a part without a sparse path.
         """
-        raise sparse.Unsupported(f"{type(self).__name__} has no fast form")
+        raise Unsupported(f"{type(self).__name__} has no sparse path")
 
     def _compute(self, x: Tensor, mask: Tensor | None, channels: Tensor | None) -> Tensor:
         """The block with dense convolutions.
@@ -403,14 +405,14 @@ class DynamicBlock(nn.Module):
         return {
             **self.__dict__,
             "_activation": None,
-            "_fast": None,
+            "_executor": None,
             "_snapshot": None,
             "_made_for": None,
             "_key": None,
         }
 
     def _apply(self, *args, **kwargs) -> DynamicBlock:
-        self._fast = self._snapshot = None  # .to() may swap the data of a parameter in place
+        self._executor = self._snapshot = None  # .to() may swap the data of a parameter in place
         return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:

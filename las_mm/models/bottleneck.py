@@ -6,9 +6,9 @@ import torch
 from mmpretrain.models.backbones.resnet import Bottleneck
 from torch import Tensor, nn
 
-from las_mm.models import sparse
 from las_mm.models.block import DynamicBlock
 from las_mm.models.coverage import register
+from las_mm.models.executors.bottleneck import SparseBottleneck
 from las_mm.models.settings import BlockSettings
 from las_mm.network.block import MODES
 from las_mm.network.bottleneck import BottleneckShape
@@ -67,8 +67,8 @@ class DynamicBottleneck(DynamicBlock, Bottleneck):
             **self._channel_masker_shape(),
         )
 
-    def _make_fast(self) -> sparse.FastBottleneck:
-        return sparse.FastBottleneck.of(self)
+    def _make_executor(self) -> SparseBottleneck:
+        return SparseBottleneck.of(self)
 
     def _compute(self, x: Tensor, mask: Tensor | None, channels: Tensor | None) -> Tensor:
         out = self._gated(self.conv1(x), self.conv1, self.norm1, channels)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from mmpretrain.models.backbones.densenet import DenseBlock, DenseLayer
 from torch import Tensor, nn
 
-from las_mm.models import dense_sparse
 from las_mm.models.block import DynamicBlock
 from las_mm.models.coverage import register
+from las_mm.models.executors import dense_layer as executors
 from las_mm.models.settings import BlockSettings
 from las_mm.network.dense_layer import MODES, DenseLayerShape
 
@@ -78,8 +78,8 @@ class DynamicDenseLayer(DynamicBlock, DenseLayer):
             w_in=hw[1],
         )
 
-    def _make_fast(self) -> dense_sparse.FastDenseLayer:
-        return dense_sparse.FastDenseLayer.of(self)
+    def _make_executor(self) -> executors.SparseDenseLayer:
+        return executors.SparseDenseLayer.of(self)
 
     def _compute(self, x: Tensor, mask: Tensor | None, channels: Tensor | None) -> Tensor:
         out = self.conv2(self.act(self.norm2(self.conv1(self.act(self.norm1(x))))))

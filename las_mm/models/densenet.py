@@ -10,11 +10,11 @@ from mmpretrain.models.backbones.densenet import DenseTransition
 from torch import Tensor, nn
 
 from las_mm import compat, ops
-from las_mm.models import dense_sparse
 from las_mm.models.arguments import check_out_indices, require_bool, static_arguments
 from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.coverage import in_format, is_channels_last, shadowed
 from las_mm.models.dense_layer import DynamicDenseBlock, DynamicDenseLayer
+from las_mm.models.executors import dense_layer as executors
 from las_mm.models.maskers import is_masker
 from las_mm.models.released import convert_densenet
 from las_mm.models.settings import block_settings, in_stage
@@ -61,7 +61,7 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         torch.Size([58])
     """
 
-    fast_stem = dense_sparse.FastDenseParts
+    stem_class = executors.DenseNetParts
     static_forward = DenseNet.forward
 
     def __init__(
@@ -160,7 +160,7 @@ class LASDenseNet(DynamicBackbone, DenseNet):
 
     def packed(self) -> list[nn.Module]:
         """See the base class: transitions."""
-        packs = [] if self._fast_stem is None else self._fast_stem.transitions
+        packs = [] if self._stem_executor is None else self._stem_executor.transitions
         return [part for part, pack in zip(self.transitions, packs) if pack is not None]
 
     def _dense_stem(self, x: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class LASDenseNet(DynamicBackbone, DenseNet):
                 layers = list(stage.block)
                 width = layers[-1].in_channels + layers[-1].out_channels
                 if buffer is None:
-                    buffer = dense_sparse.room(x, width)
+                    buffer = executors.room(x, width)
                     buffer[:, : x.shape[1]] = x
                 channels_last |= self._append(layers, buffer, channels_last, observe)
             else:
@@ -219,7 +219,7 @@ class LASDenseNet(DynamicBackbone, DenseNet):
             if pack is not None and following is not None and _is_known(following):
                 if not has_hooks(transition) and pack.weight.dtype == buffer.dtype:
                     last = following.block[-1]
-                    narrow = dense_sparse.room(buffer, last.in_channels + last.out_channels, True)
+                    narrow = executors.room(buffer, last.in_channels + last.out_channels, True)
                     ops.dense_transition_(narrow, buffer, pack)
                     observe(transition)
                     channels_last |= is_channels_last(transition.conv.weight)
@@ -249,10 +249,10 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         for layer in layers:
             c_in, c_out = layer.in_channels, layer.out_channels
             x = buffer[:, :c_in]
-            fast = None if has_hooks(layer) or shadowed(layer) else layer.fast_for(x)
-            if fast is not None:
-                channels_last |= fast.channels_last
-                fast.append(layer, buffer)
+            executor = None if has_hooks(layer) or shadowed(layer) else layer.executor_for(x)
+            if executor is not None:
+                channels_last |= executor.channels_last
+                executor.append(layer, buffer)
             else:
                 out = layer([in_format(x, channels_last)])
                 channels_last |= is_channels_last(out)

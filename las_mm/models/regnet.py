@@ -9,12 +9,12 @@ from mmpretrain.models.backbones.resnet import ResLayer
 from mmpretrain.models.backbones.resnext import Bottleneck as GroupedBottleneck
 from torch import Tensor
 
-from las_mm.models import sparse
 from las_mm.models.arguments import check_stages, require_bool, static_arguments
 from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.bottleneck import DynamicBottleneck
 from las_mm.models.coverage import register
 from las_mm.models.excitation import POOLS, SqueezeExcitation
+from las_mm.models.executors.stem import FusedConvStem
 from las_mm.models.released import convert_regnet
 from las_mm.models.settings import block_settings
 from las_mm.network.architectures import ARCHS, SE_RATIO
@@ -106,7 +106,7 @@ class LASRegNet(DynamicBackbone, RegNet):
         )
         for name, (depth, w0, wa, wm, group_w) in ARCHS.items()
     }
-    fast_stem = sparse.FastConvStem
+    stem_class = FusedConvStem
     static_forward = RegNet.forward
 
     def __init__(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from mmpretrain.models.backbones import ResNet
 from torch import Tensor
 
-from las_mm.models import sparse
 from las_mm.models.arguments import check_stages, require_bool, static_arguments
 from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.basic import DynamicBasicBlock
 from las_mm.models.bottleneck import DynamicBottleneck
+from las_mm.models.executors.stem import FusedStem
 from las_mm.models.settings import block_settings
 from las_mm.registry import MODELS
 
@@ -76,7 +76,7 @@ class LASResNet(DynamicBackbone, ResNet):
         for depth, (_, blocks) in ResNet.arch_settings.items()
     }
 
-    fast_stem = sparse.FastStem
+    stem_class = FusedStem
     static_forward = ResNet.forward
 
     def __init__(

@@ -30,10 +30,10 @@ _UNPACKED = ("masker", "masker_channel")  # children whose own tensors the spars
 
 
 class Snapshot:
-    """Notices when something that a fast form was made from has changed since.
+    """Notices when something that a sparse path was made from has changed since.
 
     Args:
-        module: The module in training form.
+        module: The module in masked-dense path.
         names: Only these children of it; by default all.
         packed: Whether there are packed weights whose sources' contents have to be compared.
     """
@@ -88,7 +88,7 @@ class Snapshot:
             for masker in maskers
             if not isinstance(masker, torch.jit.ScriptModule)
         ]
-        # A hook inside wants to see the training form's tensors.
+        # A hook inside wants to see the masked-dense path's tensors.
         self._hooks = [
             hooks for sub in inside for hooks in (sub._forward_hooks, sub._forward_pre_hooks)
         ]
@@ -117,7 +117,7 @@ class Snapshot:
         return [value for read in _LAYOUT for value in map(read, self._tensors)]
 
     def hooked(self) -> bool:
-        """Whether a module inside has forward hooks, which only the training form calls."""
+        """Whether a module inside has forward hooks, which only the masked-dense path calls."""
         return any(self._hooks)
 
     def stale(self, positions: int | None = None) -> bool:
@@ -241,7 +241,7 @@ def sources(module: nn.Module, names: Sequence[str] | None = None) -> list[Tenso
     """The tensors that the packed weights of ``module`` were made from, now, in a fixed order.
 
     Args:
-        module: The module in training form.
+        module: The module in masked-dense path.
         names: Only these children of it; by default all.
     """
     found = []

@@ -72,12 +72,12 @@ class Stream:
     def _run_block(self, block: DynamicBlock) -> None:
         # A module before may have put out a tensor with operations of its own.
         known = compat.is_compiling() or foreign(self.x) is None
-        fast = block.fast_for(self.x) if known else None
-        if fast is None:
+        executor = block.executor_for(self.x) if known else None
+        if executor is None:
             self._run_dense(block)
             return
-        self._channels_last |= fast.channels_last
-        self.x, self._out = fast(block, self.x, self._mine), None
+        self._channels_last |= executor.channels_last
+        self.x, self._out = executor(block, self.x, self._mine), None
         # A hook inside may have kept the output.
         kept = block.hooked_inside()
         self._mine = compat.COMPILES_MUTATION if compat.is_compiling() else not kept

@@ -25,7 +25,7 @@ MANY_POSITIONS = (
 )
 PARTS = 256
 PREPARE_FIRST = (
-    "the fast form has to exist before torch.compile or torch.export: call "
+    "weights have to be packed before torch.compile or torch.export: call "
     "las_mm.prepare(model.eval()) first"
 )
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes

@@ -9,12 +9,12 @@ from torch import nn
 
 from las_mm.benchmark.subject import randomize
 from las_mm.latency import resnet_shape
-from las_mm.models import DynamicBasicBlock, LASResNet, basic_sparse, collect_activations, sparse
+from las_mm.models import DynamicBasicBlock, LASResNet, collect_activations, sparse
 
 
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch):
-    monkeypatch.setattr(basic_sparse, "current_plan", FixedPlan)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", FixedPlan)
 
 
 @pytest.mark.parametrize("mode", ["static", "spatial", "both"])

@@ -78,7 +78,7 @@ def no_measuring(monkeypatch):
         def lookup(self, kind, device_type="cpu"):
             return plan.Choice(winograd=kind.tiled)
 
-    monkeypatch.setattr(sparse, "current_plan", Fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", Fixed)
 
 
 def images(*shape, seed=1):
@@ -116,7 +116,7 @@ def check(net, x=None, same_as=None):
 
 
 def reasons(net):
-    return {block.no_fast_form for block in net.blocks()} - {None}
+    return {block.why_dense for block in net.blocks()} - {None}
 
 
 # Anything replaced -------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_overridden_methods(monkeypatch, mode, where, name):
 
 
 def test_subclass_with_modules_of_its_own():
-    """What the fast form does not know is neither lost nor silent."""
+    """What the sparse path does not know is neither lost nor silent."""
 
     class Attentive(DynamicBottleneck):
         def __init__(self, *args, **kwargs):
@@ -265,7 +265,7 @@ def test_a_child_beside_the_known_ones():
     net = make()
     net.layer2[1].extra = nn.Linear(1, 1)
     check(net)
-    assert "extra" in net.layer2[1].no_fast_form and net.layer2[0].no_fast_form is None
+    assert "extra" in net.layer2[1].why_dense and net.layer2[0].why_dense is None
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_another_stem(change):
     for name, module in change.items():
         setattr(net, name, module)
     check(net)
-    assert (net._fast_stem is not None) == keeps
+    assert (net._stem_executor is not None) == keeps
 
 
 def test_another_forward_of_the_network():
@@ -319,7 +319,7 @@ def test_negative_values_are_not_taken_for_those_of_a_relu():
     for block in net.blocks()[3:5]:
         block.relu = nn.GELU()
     check(net)
-    assert "GELU" in net.blocks()[3].no_fast_form
+    assert "GELU" in net.blocks()[3].why_dense
 
 
 class Plain(nn.Module):
@@ -394,7 +394,7 @@ def test_fused_norms(mode, stem):
     assert isinstance(net.layer2[0].bn1, nn.Identity)
     after = check(net)
     assert_close(after, before)
-    assert not reasons(net) and (net._fast_stem is None) == bool(stem)
+    assert not reasons(net) and (net._stem_executor is None) == bool(stem)
 
 
 def test_fused_norms_of_a_regnet():
@@ -475,7 +475,7 @@ def test_maskers_that_sample_in_eval_mode(mode):
         other = net(x)
     assert_close(actual, expected)
     assert any((a - o).abs().max() > 1e-3 for a, o in zip(actual, other))
-    assert "training mode" in net.layer2[1].no_fast_form
+    assert "training mode" in net.layer2[1].why_dense
 
 
 def test_drop_path_in_training_mode():

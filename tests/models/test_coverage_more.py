@@ -257,7 +257,7 @@ def test_norms_of_other_classes(cls):
     before = check(net)
     net.layer2[1].bn1 = norm_like(cls, net.layer2[1].bn1)
     check(net, same_as=before)
-    assert "Mine" in net.layer2[1].no_fast_form
+    assert "Mine" in net.layer2[1].why_dense
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_parametrized_norms():
     before = check(net)
     parametrize.register_parametrization(net.layer2[1].bn1, "weight", scale)
     check(net)
-    assert "its weight" in net.layer2[1].no_fast_form
+    assert "its weight" in net.layer2[1].why_dense
     scale.by[0] = 1.5
     check(net, same_as=before)
 
@@ -306,7 +306,7 @@ def test_modules_before_the_convolution_of_a_shortcut(module, reason):
     check(net)
     net.layer2[0].downsample.insert(0, module)
     check(net)
-    assert reason in net.layer2[0].no_fast_form
+    assert reason in net.layer2[0].why_dense
 
 
 # Maskers -----------------------------------------------------------------------------------------
@@ -346,9 +346,9 @@ def test_copies_start_anew(how):
     net = make()
     check(net)
     for part in (how(net), how(net.layer2[1])):
-        assert part._snapshot is None and part.__dict__.get("_fast") is None
-        assert part.__dict__.get("_fast_stem") is None
-    assert net._snapshot is not None and net.layer2[1]._fast is not None
+        assert part._snapshot is None and part.__dict__.get("_executor") is None
+        assert part.__dict__.get("_stem_executor") is None
+    assert net._snapshot is not None and net.layer2[1]._executor is not None
 
 
 def test_another_thread_switches(monkeypatch):
@@ -393,9 +393,9 @@ def test_scripted_modules(name, mode):
     check(net)
     check(net)
     if parent:
-        assert "Script" in net.get_submodule(parent).no_fast_form
+        assert "Script" in net.get_submodule(parent).why_dense
     else:
-        assert "Script" in net.no_fast_stem
+        assert "Script" in net.why_stem_dense
 
 
 def test_mkldnn_modules():
@@ -439,7 +439,7 @@ def test_pruned_widths(mode, first, second):
     if first == second:
         assert not reasons(net)
     else:
-        assert net.layer2[1].no_fast_form == "conv1 and conv2 put out 10 and 13 channels"
+        assert net.layer2[1].why_dense == "conv1 and conv2 put out 10 and 13 channels"
 
 
 def test_reasons_name_the_module_of_a_class_of_the_same_name():
@@ -451,7 +451,7 @@ def test_reasons_name_the_module_of_a_class_of_the_same_name():
     net.layer2[1].conv1.__class__ = Conv2d
     check(net)
     assert "test_coverage_more.Conv2d, not torch.nn.modules.conv.Conv2d" in (
-        net.layer2[1].no_fast_form
+        net.layer2[1].why_dense
     )
 
 

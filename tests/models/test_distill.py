@@ -19,7 +19,6 @@ from las_mm.models import (
     find_dynamic_backbone,
     plan,
     released,
-    sparse,
 )
 from las_mm.models.distill import distillation
 
@@ -40,7 +39,7 @@ def no_measuring(monkeypatch):
         def lookup(self, kind, device_type="cpu"):
             return plan.Choice(winograd=kind.tiled)
 
-    monkeypatch.setattr(sparse, "current_plan", Fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", Fixed)
 
 
 @pytest.fixture

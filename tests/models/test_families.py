@@ -39,7 +39,6 @@ from las_mm.hooks import BudgetHook
 from las_mm.latency import predict, search_granularity
 from las_mm.losses import BudgetLoss
 from las_mm.models import (
-    basic_sparse,
     collect_activations,
     flops_report,
     plan,
@@ -60,9 +59,7 @@ FIRST = {"basic": "layer1.1", "dense": "stages.0.block.1"}
 
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch):
-    for module in (sparse, basic_sparse):
-        if hasattr(module, "current_plan"):
-            monkeypatch.setattr(module, "current_plan", FixedPlan)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", FixedPlan)
 
 
 # The same results --------------------------------------------------------------------------------
@@ -103,14 +100,14 @@ def cases(draw):
 def test_equals_masked_dense(case, rate, dtype, channels_last, seed):
     family, arguments, size = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(basic_sparse, "current_plan", FixedPlan)
+        patch.setattr("las_mm.models.plan.current_plan", FixedPlan)
         net = make(family, seed, **arguments).to(dtype)
         x = images(*size, channels=arguments["in_channels"], seed=seed).to(dtype)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         force(net, x, rate, seed)
         check(net, x)
-        assert {block.no_fast_form for block in net.blocks()} == {None}
+        assert {block.why_dense for block in net.blocks()} == {None}
 
 
 @dynamic
@@ -134,7 +131,7 @@ def test_own_decisions(family, mode):
 @pytest.mark.parametrize("mode", MODES["basic"])
 def test_every_choice_of_the_plan(monkeypatch, mode, choice):
     fixed = SimpleNamespace(lookup=lambda kind, device_type="cpu": choice)
-    monkeypatch.setattr(basic_sparse, "current_plan", lambda: fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", lambda: fixed)
     net, x = make("basic", mode=mode, granularity=(4, 4, 2, 2)), images(2, 67, 70)
     force(net, x)
     for _ in range(2):
@@ -200,7 +197,7 @@ def test_a_block_alone(family):
         with sparse.masked_dense():
             expected = block(x)
     assert_close([actual], [expected])
-    assert torch.equal(x, before) and block.no_fast_form is None
+    assert torch.equal(x, before) and block.why_dense is None
 
 
 # What changes is noticed -------------------------------------------------------------------------
@@ -267,7 +264,7 @@ def test_changes_are_noticed(family, change):
     change(net.get_submodule(FIRST[family]), net)
     outs, _ = check(net, x)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(outs, before))
-    assert {block.no_fast_form for block in net.blocks()} == {None}
+    assert {block.why_dense for block in net.blocks()} == {None}
 
 
 def test_a_changed_transition_is_noticed():
@@ -342,10 +339,10 @@ def test_what_is_unknown_runs_masked_dense_with_the_reason(family, kind):
     torch.manual_seed(0)
     kind(block)
     check(net, x)
-    assert block.no_fast_form
-    assert sum(b.no_fast_form is not None for b in net.blocks()) == 1
+    assert block.why_dense
+    assert sum(b.why_dense is not None for b in net.blocks()) == 1
     explanation = las_mm.explain(net, x[:1], quiet=True)
-    rows = [row for row in explanation.blocks if block.no_fast_form in row.choice]
+    rows = [row for row in explanation.blocks if block.why_dense in row.choice]
     assert [row.name for row in rows] == [FIRST[family]] and "masked-dense" in str(explanation)
 
 

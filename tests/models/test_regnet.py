@@ -1,4 +1,4 @@
-"""RegNets: torchvision's networks, dynamic, and their fast form."""
+"""RegNets: torchvision's networks, dynamic, and their sparse path."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def no_measuring(monkeypatch):
         def lookup(self, kind, device_type="cpu"):
             return plan.Choice(winograd=kind.tiled)
 
-    monkeypatch.setattr(sparse, "current_plan", Fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", Fixed)
 
 
 def tiny(arch=TINY_Y, seed=0, **kwargs):
@@ -326,7 +326,7 @@ def test_wrong_arguments_are_named(kwargs, words):
     assert all(word in str(error.value) for word in words)
 
 
-# The fast form -----------------------------------------------------------------------------------
+# The sparse path ---------------------------------------------------------------------------------
 
 
 @needs_native
@@ -341,7 +341,7 @@ def test_fast_form_equals_masked_dense(arch, mode, shape, dtype):
         with sparse.masked_dense():
             expected, activation = net(x), collect_activations(net)
         actual, fast_activation = net(x), collect_activations(net)
-    assert all(block.no_fast_form is None for block in net.blocks())
+    assert all(block.why_dense is None for block in net.blocks())
     assert_close(actual, expected, 1e-4 if dtype == torch.float32 else 5e-2)
     torch.testing.assert_close(fast_activation.rates, activation.rates)
     torch.testing.assert_close(fast_activation.rates_dilated, activation.rates_dilated)
@@ -369,7 +369,7 @@ def test_dense_choice_of_the_plan(monkeypatch, dense_above):
         def lookup(self, kind, device_type="cpu"):
             return plan.Choice(winograd=False, dense_above=dense_above)
 
-    monkeypatch.setattr(sparse, "current_plan", Fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", Fixed)
     net, x = tiny(mode=["spatial", "layer", "static"]), images(2, 64, 64)
     force_masks(net, x.shape, 0.5, "random")
     with torch.no_grad():
@@ -385,7 +385,7 @@ def test_pooling_over_all_positions_has_no_fast_form_where_some_are_dropped():
         with sparse.masked_dense():
             expected = net(x)
         assert_close(net(x), expected, 1e-4)
-    reasons = [{block.no_fast_form for block in getattr(net, f"layer{i}")} for i in (1, 2, 3)]
+    reasons = [{block.why_dense for block in getattr(net, f"layer{i}")} for i in (1, 2, 3)]
     assert "se_pool" in reasons[0].pop() and reasons[1:] == [{None}, {None}]
 
 

@@ -1,4 +1,4 @@
-"""The fast form of a backbone equals its masked-dense form, and nobody notices it otherwise."""
+"""The sparse path of a backbone equals its masked-dense form, and nobody notices it otherwise."""
 
 import copy
 import io
@@ -17,6 +17,7 @@ import las_mm
 import needs
 from las_mm import ops
 from las_mm.models import DynamicBottleneck, LASResNet, collect_activations, plan, sparse
+from las_mm.models.executors import base, bottleneck, stem
 
 pytestmark = pytest.mark.skipif(
     not ops.has_kernels("cpu"),
@@ -57,7 +58,7 @@ def choose(monkeypatch, lookup):
         def lookup(self, kind, device_type="cpu"):
             return lookup(kind)
 
-    monkeypatch.setattr(sparse, "current_plan", Fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", Fixed)
 
 
 def make(seed=0, depth=50, **kwargs):
@@ -118,7 +119,7 @@ def assert_same_activations(actual, expected):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts how often fast forms run: {'FastBottleneck': ..., 'FastStem': ...}."""
+    """Counts how often sparse paths run: {'SparseBottleneck': ..., 'FusedStem': ...}."""
     counter = Counter()
 
     def spy(cls):
@@ -130,8 +131,8 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(cls, "__call__", counting)
 
-    spy(sparse.FastBottleneck)
-    spy(sparse.FastStem)
+    spy(bottleneck.SparseBottleneck)
+    spy(stem.FusedStem)
     return counter
 
 
@@ -146,8 +147,8 @@ def test_equals_masked_dense(calls, name, shape):
     assert not calls
     assert 0.02 < activation.mean_rate < 0.98 or name == "static"
     actual, fast_activation = run(net, x)
-    assert calls["FastBottleneck"] == 16 and calls["FastStem"] == (not net.deep_stem)
-    assert all(block.no_fast_form is None for block in net.blocks())
+    assert calls["SparseBottleneck"] == 16 and calls["FusedStem"] == (not net.deep_stem)
+    assert all(block.why_dense is None for block in net.blocks())
     assert_close(actual, expected)
     assert_same_activations(fast_activation, activation)
     if shape[0] > 1 and name != "static":
@@ -175,7 +176,7 @@ def test_bfloat16(calls, name, shape):
     x = images(*shape).bfloat16()
     expected, activation = run_masked_dense(net, x)
     actual, fast_activation = run(net, x)
-    assert calls["FastBottleneck"] == 16 and actual[0].dtype == torch.bfloat16
+    assert calls["SparseBottleneck"] == 16 and actual[0].dtype == torch.bfloat16
     assert_close(actual, expected)
     assert_same_activations(fast_activation, activation)
 
@@ -289,7 +290,7 @@ def test_prepared_in_inference_mode(context):
     assert_close([out.detach() for out in net(x)], expected)  # with autograd
 
 
-# The training form stays -------------------------------------------------------------------------
+# The masked-dense path stays ---------------------------------------------------------------------
 
 
 def test_state_dict_stays():
@@ -392,7 +393,7 @@ def test_changed_weights_are_noticed(calls, change):
     assert max((a - b).abs().max() for a, b in zip(before, expected)) > 1e-2
     calls.clear()
     actual, fast_activation = run(net, x)
-    assert calls == {"FastBottleneck": 16, "FastStem": 1}
+    assert calls == {"SparseBottleneck": 16, "FusedStem": 1}
     assert_close(actual, expected)
     assert_same_activations(fast_activation, activation)
 
@@ -401,16 +402,16 @@ def test_converted_weights_are_noticed(calls):
     net, x = las_mm.prepare(make(mode="static")), images(64, 64)
     expected, _ = run(net, x)
     assert_close(run(net.bfloat16(), x.bfloat16())[0], [e.bfloat16() for e in expected])
-    assert calls == {"FastBottleneck": 32, "FastStem": 2}
+    assert calls == {"SparseBottleneck": 32, "FusedStem": 2}
     actual, _ = run(net.double(), x.double())
-    assert calls["FastBottleneck"] == 32  # the kernels know no float64
+    assert calls["SparseBottleneck"] == 32  # the kernels know no float64
     assert_close(actual, [e.double() for e in expected], 5e-2)
     assert_close(run(net.float(), x)[0], run_masked_dense(net, x)[0])
-    assert calls["FastBottleneck"] == 48
+    assert calls["SparseBottleneck"] == 48
 
 
 def test_norm_in_training_mode_uses_the_batch():
-    """As the training form does: batch statistics, and running ones that move."""
+    """As the masked-dense path does: batch statistics, and running ones that move."""
     nets, x = [las_mm.prepare(make()), las_mm.prepare(make())], images(2, 64, 64)
     for net in nets:
         net.layer2[1].norm2.train()
@@ -455,7 +456,7 @@ def packed_tensors(module):
                     yield tensor
 
 
-FORMS = (sparse.FastBottleneck, sparse.FastStem)
+FORMS = (bottleneck.SparseBottleneck, stem.FusedStem)
 
 
 # Where it is not used ----------------------------------------------------------------------------
@@ -524,9 +525,9 @@ def test_parts_without_a_fast_form(calls, group_norm):
     expected, activation = run_masked_dense(net, x)
     las_mm.prepare(net)
     actual, own = run(net, x)
-    assert calls == ({} if group_norm else {"FastStem": 1})
+    assert calls == ({} if group_norm else {"FusedStem": 1})
     for block in net.blocks():
-        assert ("GroupNorm" if group_norm else "GELU") in block.no_fast_form
+        assert ("GroupNorm" if group_norm else "GELU") in block.why_dense
     assert_close(actual, expected, 1e-6 if group_norm else None)
     assert_same_activations(own, activation)
 
@@ -543,7 +544,7 @@ def test_a_block_alone():
             actual = block(x)
             with sparse.masked_dense():
                 expected = block(x)
-        assert block.no_fast_form is None if reason is None else reason in block.no_fast_form
+        assert block.why_dense is None if reason is None else reason in block.why_dense
         assert_close([actual], [expected])
         assert torch.equal(x, before) and actual.data_ptr() != x.data_ptr()
 
@@ -667,10 +668,10 @@ def test_prepare():
     net, x = make(), images(64, 64)
     wrapper = nn.ModuleDict({"backbone": net, "head": nn.Linear(2, 2)}).eval()
     assert las_mm.prepare(wrapper) is wrapper and sparse.prepare is las_mm.prepare
-    packed = [block._fast for block in net.blocks()]
+    packed = [block._executor for block in net.blocks()]
     assert None not in packed
     run(net, x)
-    assert [block._fast for block in net.blocks()] == packed  # the same objects
+    assert [block._executor for block in net.blocks()] == packed  # the same objects
 
 
 def test_prepare_errors():
@@ -821,8 +822,8 @@ def test_half_made_choice_of_another_thread(monkeypatch):
         block(large)  # conv2's direct weights are not packed
         packing, finished = threading.Event(), threading.Event()
         other = threading.Thread(target=work, name="other")
-        original_fold, original_mask = sparse._fold_block, ops.spatial_mask
-        monkeypatch.setattr(sparse, "_fold_block", fold)
+        original_fold, original_mask = bottleneck._fold_block, ops.spatial_mask
+        monkeypatch.setattr(bottleneck, "_fold_block", fold)
         monkeypatch.setattr(ops, "spatial_mask", spatial_mask)
         try:
             results.append(block(large))
@@ -895,6 +896,6 @@ def test_rates_counted_when_asked_for(mode):
         strides = (block.conv1_stride, block.conv2_stride)
         geometry = (block.input_hw, granularity, strides, block.dilation)
         mask, axes = known.mask, tuple(known.rates)
-        asked = sparse._spatial_activation(torch.ones(()), mask, axes, *geometry)
+        asked = base._spatial_activation(torch.ones(()), mask, axes, *geometry)
         assert asked.rates.keys() == known.rates.keys()
         torch.testing.assert_close(dict(asked.rates), dict(known.rates))

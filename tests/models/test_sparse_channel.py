@@ -1,4 +1,4 @@
-"""Networks that skip channels: the fast form equals the masked-dense form, rates included."""
+"""Networks that skip channels: the sparse path equals the masked-dense form, rates included."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def no_measuring(monkeypatch):
         def lookup(self, kind, device_type="cpu"):
             return plan.Choice(winograd=kind.tiled)
 
-    monkeypatch.setattr(sparse, "current_plan", Fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", Fixed)
 
 
 def make(**kwargs):
@@ -61,7 +61,7 @@ def check(net, x, tolerance):
         before = collect_activations(net)
         actual = net(x)
         after = collect_activations(net)
-    assert all(block.no_fast_form is None for block in net.blocks())
+    assert all(block.why_dense is None for block in net.blocks())
     for ours, theirs in zip(actual, expected):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()

@@ -26,7 +26,7 @@ def no_measuring(monkeypatch):
         def lookup(self, kind, device_type="cpu"):
             return plan.Choice(winograd=kind.tiled)
 
-    monkeypatch.setattr(sparse, "current_plan", Fixed)
+    monkeypatch.setattr("las_mm.models.plan.current_plan", Fixed)
 
 
 def make(seed=0, **kwargs):
@@ -156,11 +156,11 @@ def test_without_the_native_fingerprint_dense_writes_are_noticed(like_a_gpu, wri
 
 def test_without_the_native_fingerprint_a_forward_waits_once(like_a_gpu):
     net, x = las_mm.prepare(make()), images(64, 64)
-    packed = [block._fast for block in net.blocks()]
+    packed = [block._executor for block in net.blocks()]
     like_a_gpu.clear()
     outputs(net, x)
     assert len(like_a_gpu) == 1
-    assert all(block._fast is fast for block, fast in zip(net.blocks(), packed))
+    assert all(block._executor is fast for block, fast in zip(net.blocks(), packed))
     with torch.no_grad():  # a block alone compares its own
         net.layer1[0].conv1.weight.data.neg_()
         features = torch.randn(1, 8, 16, 16)
@@ -258,11 +258,11 @@ def test_prepare_compares_everything(logged):
 
 def test_nothing_is_packed_twice_without_a_reason():
     net, x = las_mm.prepare(make()), images(64, 64)
-    packed = [block._fast for block in net.blocks()]
+    packed = [block._executor for block in net.blocks()]
     for _ in range(3):
         outputs(net, x)
     las_mm.prepare(net)
-    assert all(block._fast is fast for block, fast in zip(net.blocks(), packed))
+    assert all(block._executor is fast for block, fast in zip(net.blocks(), packed))
 
 
 # torch.compile and torch.export ------------------------------------------------------------------

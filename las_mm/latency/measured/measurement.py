@@ -126,7 +126,7 @@ def measure_block(case: Case, stopwatch: Stopwatch, dtype: torch.dtype, device: 
     """Time one block with random weights and forced decisions.
 
     Raises:
-        RuntimeError: It has no fast form on the device.
+        RuntimeError: It has no sparse path on the device.
     """
     runner = BlockRunner(case, dtype, device)
     before = BlockRunner(small_case(case), dtype, device)
@@ -164,7 +164,7 @@ def measure_stem(
 
 
 class BlockRunner:
-    """A block of a given shape with random weights, run by its fast form.
+    """A block of a given shape with random weights, run by its sparse path.
 
     Args:
         case: The block, its batch and its rates.
@@ -172,7 +172,7 @@ class BlockRunner:
         device: Of both.
 
     Raises:
-        RuntimeError: The block has no fast form on the device.
+        RuntimeError: The block has no sparse path on the device.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str) -> None:
@@ -197,7 +197,7 @@ class BlockRunner:
         self._in_place = not shape.downsample
         with torch.inference_mode():
             if self.block.prepare() is None:
-                raise RuntimeError(f"{shape.label} has no fast form: {self.block.no_fast_form}")
+                raise RuntimeError(f"{shape.label} has no sparse path: {self.block.why_dense}")
 
     def refill(self) -> None:
         """Write the input, as the block before would."""

@@ -17,12 +17,14 @@ from las_mm.models.coverage import (
     check_plain,
     is_channels_last,
 )
+from las_mm.models.executors.base import SparseBlock
+from las_mm.models.executors.folding import POINTWISE, affine, check_maskers, fold
+from las_mm.models.executors.stem import FusedStem
 from las_mm.models.plan import Choice
-from las_mm.models.sparse import POINTWISE, FastBlock, FastStem, affine, check_maskers, fold
 
 
 @dataclass
-class FastDenseLayer(FastBlock):
+class SparseDenseLayer(SparseBlock):
     """The packed form of one ``DynamicDenseLayer``; see ``ops.sparse_dense_layer_``."""
 
     pack: ops.DenseLayerPack
@@ -37,7 +39,7 @@ class FastDenseLayer(FastBlock):
     channel_layers: tuple[list[Tensor], list[Tensor]] | None = None
 
     @classmethod
-    def of(cls, layer: nn.Module) -> FastDenseLayer:
+    def of(cls, layer: nn.Module) -> SparseDenseLayer:
         """Fold and pack ``layer``.
 
         Raises:
@@ -107,7 +109,7 @@ def room(like: Tensor, channels: int, halved: bool = False) -> Tensor:
 
 
 @dataclass
-class FastDenseParts:
+class DenseNetParts:
     """What of a DenseNet is in no layer: its stem and its transitions.
 
     Attributes:
@@ -116,19 +118,19 @@ class FastDenseParts:
         reason: Why the stem does.
     """
 
-    stem: FastStem | None
+    stem: FusedStem | None
     transitions: list[ops.TransitionPack | None]
     reason: str | None = None
 
     @classmethod
-    def of(cls, backbone: nn.Module) -> FastDenseParts:
+    def of(cls, backbone: nn.Module) -> DenseNetParts:
         """Fold and pack the parts of ``backbone`` that are as usual."""
         stem = reason = None
         try:
             check_plain(backbone.stem, "its stem", nn.Sequential)
             if len(backbone.stem) != 4:
                 raise Unsupported(f"its stem has {len(backbone.stem)} modules, not 4")
-            stem = FastStem.of_parts(*backbone.stem)
+            stem = FusedStem.of_parts(*backbone.stem)
         except Unsupported as unknown:
             reason = str(unknown)
         return cls(stem, [_transition(m) for m in backbone.transitions], reason)

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from las_mm import compat, ops
+from las_mm.models import plan
 from las_mm.models.coverage import Unsupported, is_channels_last
-from las_mm.models.plan import BlockKind, Choice, current_plan, map_side
-from las_mm.models.sparse import (
-    FastBlock,
+from las_mm.models.executors.base import SparseBlock, layers_of
+from las_mm.models.executors.folding import (
     check_block,
     check_channel_groups,
     fold,
     fold_shortcut,
-    layers_of,
     leading,
     norm_of_zero,
 )
+from las_mm.models.plan import BlockKind, Choice, map_side
 
 
 @dataclass
-class FastBasic(FastBlock):
+class SparseBasicBlock(SparseBlock):
     """The packed form of one ``DynamicBasicBlock``; see ``ops.sparse_basic``.
 
     One with a channel masker runs ``ops.channel_basic``.
@@ -44,7 +44,7 @@ class FastBasic(FastBlock):
     groups: int = 1
 
     @classmethod
-    def of(cls, block: nn.Module) -> FastBasic:
+    def of(cls, block: nn.Module) -> SparseBasicBlock:
         """Fold and pack ``block``.
 
         Raises:
@@ -88,7 +88,7 @@ class FastBasic(FastBlock):
         if block.runtime == "sparse":
             choice = Choice(winograd=len(self.pack.winograd) > 0, decided_by="runtime='sparse'")
         else:
-            choice = current_plan().lookup(self._kind(x), x.device.type)
+            choice = plan.current_plan().lookup(self._kind(x), x.device.type)
         lacks_direct = any(not weight.numel() for weight in self.pack.weights)
         wants_dense = choice.dense_above < 1 and self.masker_channel is None
         if (not choice.winograd and lacks_direct) or (wants_dense and not self.pack.dense):
