@@ -22,7 +22,7 @@ from las_mm.cli.parser import Parser, add_cfg_options
 from las_mm.configs import build_model, load_config
 from las_mm.errors import told
 from las_mm.hooks import BudgetHook, PredictedLatencyHook
-from las_mm.models.activation import collect_activations, find_dynamic_backbones
+from las_mm.models.finding import collect_activations, find_dynamic_backbones
 from las_mm.registry import HOOKS
 
 

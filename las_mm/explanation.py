@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from las_mm.models import sparse
-from las_mm.models.activation import find_dynamic_backbone
 from las_mm.models.bottleneck import DynamicBottleneck
-from las_mm.models.coverage import obstacle
 from las_mm.models.executors.dense_layer import DenseNetParts
+from las_mm.models.finding import find_dynamic_backbone
+from las_mm.models.interception import obstacle
 
 _ROUNDS = 7
 

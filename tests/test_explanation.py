@@ -7,7 +7,7 @@ import torch
 
 import las_mm
 from las_mm import ops
-from las_mm.models import LASDenseNet, LASResNet, coverage
+from las_mm.models import LASDenseNet, LASResNet, interception
 
 pytestmark = pytest.mark.skipif(not ops.native_available(), reason="NATIVE OPS NOT BUILT")
 
@@ -127,7 +127,7 @@ def test_unknown_attribute_of_the_package():
     ],
 )
 def test_gpu_without_tensor_cores_for_a_dtype(dtype, capability, refused, monkeypatch):
-    monkeypatch.setattr(coverage, "_capability", lambda index: capability)
+    monkeypatch.setattr(interception, "_capability", lambda index: capability)
     x = SimpleNamespace(is_cuda=True, dtype=dtype, device=SimpleNamespace(index=0))
-    reason = coverage._slow_on_card(x)
+    reason = interception._slow_on_card(x)
     assert reason is None if refused is None else refused in reason

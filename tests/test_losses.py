@@ -15,7 +15,8 @@ import records
 from las_mm import losses
 from las_mm.latency import LatencyTable, predict, resnet_shape, table
 from las_mm.losses import BudgetLoss
-from las_mm.models.activation import NetworkActivation, collect_activations
+from las_mm.models.activation import NetworkActivation
+from las_mm.models.finding import collect_activations
 from las_mm.models.flops import flops_report
 
 

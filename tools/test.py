@@ -17,7 +17,7 @@ from las_mm.checkpoints import check_checkpoint
 from las_mm.cli.parser import Parser, add_cfg_options, add_trust
 from las_mm.configs import build_model, hook_name, load_config, reset_scope
 from las_mm.errors import UserError, told
-from las_mm.models.activation import find_dynamic_backbones
+from las_mm.models.finding import find_dynamic_backbones
 from las_mm.tta import use_tta
 
 

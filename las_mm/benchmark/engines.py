@@ -32,7 +32,8 @@ from las_mm.benchmark.static_engines import (
 )
 from las_mm.benchmark.subject import Subject
 from las_mm.errors import UserError
-from las_mm.models.activation import NetworkActivation, collect_activations
+from las_mm.models.activation import NetworkActivation
+from las_mm.models.finding import collect_activations
 from las_mm.models.flops import flops_report
 from las_mm.models.sparse import masked_dense
 

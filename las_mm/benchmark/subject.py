@@ -17,7 +17,7 @@ from las_mm.benchmark.contest import check_finite, relative_error
 from las_mm.checkpoints import load_weights
 from las_mm.configs import build_model, load_config
 from las_mm.errors import UserError
-from las_mm.models.activation import find_dynamic_backbones
+from las_mm.models.finding import find_dynamic_backbones
 from las_mm.models.maskers import is_masker
 from las_mm.registry import MODELS
 

@@ -24,7 +24,7 @@ from las_mm.configs import build_model, load_config, usual_size
 from las_mm.drawn_masks import load_images
 from las_mm.errors import UserError, as_user_errors
 from las_mm.explanation import explain
-from las_mm.models.activation import find_dynamic_backbone
+from las_mm.models.finding import find_dynamic_backbone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

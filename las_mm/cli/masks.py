@@ -24,11 +24,7 @@ from las_mm.cli.parser import add_cfg_options, add_trust
 from las_mm.configs import build_model, load_config
 from las_mm.dependencies import require
 from las_mm.errors import UserError, as_user_errors
-from las_mm.models.activation import (
-    collect_activations,
-    find_dynamic_backbone,
-    find_dynamic_backbones,
-)
+from las_mm.models.finding import collect_activations, find_dynamic_backbone, find_dynamic_backbones
 from las_mm.pictures import UnreadableImage, check_whole, read_image, to_rgb
 from las_mm.visualization import draw_masks, require_matplotlib, write_png
 

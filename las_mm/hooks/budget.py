@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from torch import Tensor, nn
 
 from las_mm.losses import BudgetLoss
-from las_mm.models.activation import find_dynamic_backbone, require_gradients, unwrap
+from las_mm.models.finding import find_dynamic_backbone, require_gradients, unwrap
 from las_mm.models.flops import flops_report
 from las_mm.registry import HOOKS, MODELS
 
@@ -34,7 +34,7 @@ class BudgetHook(Hook):
     Raises:
         ValueError: The model has no dynamic backbone, or several and ``module`` names none.
         RuntimeError: In training, if the rates carry no gradient: see
-            :func:`~las_mm.models.activation.require_gradients`.
+            :func:`~las_mm.models.finding.require_gradients`.
 
     Example:
         >>> custom_hooks = [

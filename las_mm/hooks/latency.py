@@ -11,7 +11,8 @@ from torch import nn
 
 from las_mm.hooks.passes import Passes
 from las_mm.latency import LatencyTable, LatencyTables
-from las_mm.models.activation import NetworkActivation, find_dynamic_backbone
+from las_mm.models.activation import NetworkActivation
+from las_mm.models.finding import find_dynamic_backbone
 from las_mm.network.operator import DILATED, POSITION
 from las_mm.registry import HOOKS
 from las_mm.summary import DatasetSummary

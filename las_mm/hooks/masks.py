@@ -12,7 +12,8 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from las_mm.hooks.passes import Passes
-from las_mm.models.activation import NetworkActivation, find_dynamic_backbone, unwrap
+from las_mm.models.activation import NetworkActivation
+from las_mm.models.finding import find_dynamic_backbone, unwrap
 from las_mm.pictures import UnreadableImage, loaders, read_image, to_rgb
 from las_mm.registry import HOOKS
 from las_mm.visualization import draw_masks, require_matplotlib, write_png

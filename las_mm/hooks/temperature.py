@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmengine.hooks import Hook
 from torch import nn
 
-from las_mm.models.activation import find_dynamic_backbone, find_dynamic_backbones, unwrap
+from las_mm.models.finding import find_dynamic_backbone, find_dynamic_backbones, unwrap
 from las_mm.registry import HOOKS
 
 SCHEDULES = ("constant", "exponential")

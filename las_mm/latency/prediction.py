@@ -210,7 +210,7 @@ def _backbone_of(model: Any) -> Any:
             "latency is predicted for a module, a config, the path of one or a NetworkShape, "
             f"got {type(model).__name__}"
         )
-    from las_mm.models.activation import find_dynamic_backbones
+    from las_mm.models.finding import find_dynamic_backbones
 
     found = find_dynamic_backbones(model)
     if len(found) != 1:

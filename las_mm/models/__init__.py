@@ -5,17 +5,13 @@ from las_mm.dependencies import require, require_mmpretrain_models
 require("mmcv", "las_mm.models")
 require_mmpretrain_models("las_mm.models (LASResNet extends mmpretrain's ResNet)")
 
-from las_mm.models.activation import (  # noqa: E402
-    Activation,
-    NetworkActivation,
-    collect_activations,
-    find_dynamic_backbone,
-)
+from las_mm.models.activation import Activation, NetworkActivation  # noqa: E402
 from las_mm.models.basic import DynamicBasicBlock  # noqa: E402
 from las_mm.models.block import DynamicBlock  # noqa: E402
 from las_mm.models.bottleneck import DynamicBottleneck  # noqa: E402
 from las_mm.models.densenet import LASDenseNet  # noqa: E402
 from las_mm.models.distill import DistilledClassifier  # noqa: E402
+from las_mm.models.finding import collect_activations, find_dynamic_backbone  # noqa: E402
 from las_mm.models.flops import flops_report  # noqa: E402
 from las_mm.models.maskers import ChannelMasker, SpatialMasker  # noqa: E402
 from las_mm.models.regnet import LASRegNet  # noqa: E402

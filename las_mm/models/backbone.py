@@ -21,15 +21,15 @@ from las_mm.models.initialization import split
 from las_mm.models.maskers import ChannelMasker, SpatialMasker
 from las_mm.models.settings import BlockSettings, describe_stage, in_stage
 from las_mm.models.snapshot import Snapshot, changed, checked, compared_together, watch
-from las_mm.models.stage import Stream
+from las_mm.models.stage import Stream, block_shapes, check_sizes
 from las_mm.models.stem import stem_shapes
-from las_mm.network.block import BlockShape, NetworkShape
+from las_mm.network.block import NetworkShape
 
 
 class DynamicBackbone(nn.Module):
-    """Mixed into a static backbone whose stages are sequences of :class:`DynamicBlock`.
+    """Mixed into a static backbone whose stages are sequences of :class:`DynamicBlock`, before it.
 
-    Put before the static backbone among the bases. A subclass sets :attr:`settings` before the
+    A subclass sets :attr:`settings` before the
     constructor of the static backbone runs, which calls :meth:`make_res_layer` for each stage,
     and gives :attr:`architecture`, :meth:`_dense_stem` and, where the stem has a sparse path,
     :attr:`stem_class` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``,
@@ -41,9 +41,8 @@ class DynamicBackbone(nn.Module):
         stem_class: Class of the stem's sparse path.
         static_forward: The static backbone's ``forward``, which the sparse path replaces.
         runtime: How blocks run in eval mode without gradients: ``'auto'``, each in the form that
-            the plan says is the fastest on this machine, measured when it is first met;
-            ``'sparse'``, on the sparse path, without measuring; ``'dense'``, masked-dense, as in
-            training. It may be changed at any time.
+            the plan says is the fastest here, measured when it is first met; ``'sparse'``, on the
+            sparse path, without measuring; ``'dense'``, masked-dense, as in training.
         why_stem_dense: Why the stem runs dense; ``None`` if it does not.
     """
 
@@ -187,9 +186,7 @@ class DynamicBackbone(nn.Module):
 
     def train(self, mode: bool = True) -> DynamicBackbone:
         """The parent's, but returning the module like every other ``nn.Module``."""
-        self._stem_executor = self._snapshot = (
-            None  # as weights may be swapped
-        )
+        self._stem_executor = self._snapshot = None  # as weights may be swapped
         super().train(mode)
         # norm_eval is about statistics that came with static weights: maskers have none of these.
         # Theirs train like their other weights, and stand still in frozen stages.
@@ -304,15 +301,8 @@ class DynamicBackbone(nn.Module):
                 "on an input"
             )
         shape = self.network_shape(self._input_hw)
-        for block, known in zip(self.blocks() if self._saw_sizes else (), shape.blocks):
-            seen = block.input_hw
-            if seen is not None and (int(seen[0]), int(seen[1])) != (known.h_in, known.w_in):
-                raise RuntimeError(
-                    f"{known.name} got features of {int(seen[0])}x{int(seen[1])}, but the stem and "
-                    f"the blocks before it make {known.h_in}x{known.w_in}: a module between them "
-                    "changes the size, so that FLOPs and latency cannot be told; use the strides "
-                    "of the stages instead"
-                )
+        if self._saw_sizes:
+            check_sizes(shape, self.blocks())
         return NetworkActivation.of(shape, activations)
 
     def init_weights(self) -> None:
@@ -359,21 +349,3 @@ class DynamicBackbone(nn.Module):
             for block in self.blocks_of(name):
                 for masker in block.maskers():
                     masker.requires_grad_(True).train(self.training)
-
-
-def block_shapes(
-    stages: Sequence[tuple[str, Sequence[DynamicBlock]]], hw: tuple[int, int]
-) -> tuple[BlockShape, ...]:
-    """The shapes of all blocks in network order.
-
-    Args:
-        stages: Name and blocks of each stage.
-        hw: Rows and columns of the first block's input.
-    """
-    shapes: list[BlockShape] = []
-    for stage, (name, blocks) in enumerate(stages, start=1):
-        for i, block in enumerate(blocks):
-            shape = block.describe(f"{name}.{i}", stage, hw)
-            shapes.append(shape)
-            hw = (shape.h_out, shape.w_out)
-    return tuple(shapes)

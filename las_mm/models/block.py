@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from las_mm import compat, ops
 from las_mm.models import sparse
 from las_mm.models.activation import Activation, channel_rates
+from las_mm.models.changeable import ChangeableBlock
 from las_mm.models.coverage import Unsupported, in_format, is_channels_last, shadowed
 from las_mm.models.executors.base import SparseBlock
 from las_mm.models.maskers import (
@@ -45,20 +44,7 @@ _READ = (
 _METHODS = ("forward", "_forward", "_decide", "_decide_positions", "_compute", "_gated", "_excite")
 
 
-def _setting(name: str) -> property:
-    """A setting of a block, checked like the constructor's whenever it is changed."""
-
-    def get(self):
-        return getattr(self, f"_{name}")
-
-    def set_(self, value) -> None:
-        self._check(name, value)
-        setattr(self, f"_{name}", value)
-
-    return property(get, set_)
-
-
-class DynamicBlock(nn.Module):
+class DynamicBlock(ChangeableBlock):
     """Mixed into a residual block of which a 3x3 convolution reads what conv1 puts out.
 
     Put before the static block among the bases; its constructor runs as it is, then
@@ -80,11 +66,6 @@ class DynamicBlock(nn.Module):
         why_dense: Why the block runs masked-dense; ``None`` if it does not.
     """
 
-    mode = _setting("mode")
-    granularity = _setting("granularity")
-    channel_granularity = _setting("channel_granularity")
-    channel_position = _setting("channel_position")
-    _runtime = "auto"
     input_hw: tuple[int, int] | None = None
 
     def make_dynamic(self, settings: BlockSettings) -> None:
@@ -120,48 +101,6 @@ class DynamicBlock(nn.Module):
         self._made_for: tuple | None = None
         self._key: str | None = None
 
-    @property
-    def runtime(self) -> str:
-        """See the class."""
-        return self._runtime
-
-    @runtime.setter
-    def runtime(self, value: str) -> None:
-        self._runtime = sparse.check_runtime(value)
-
-    def _check(self, name: str, value: object) -> None:
-        """``name`` may become ``value``.
-
-        Raises:
-            ValueError: No value for a block, or the maskers are others than it needs.
-        """
-        wanted = replace(self.settings, **{name: value})
-        known = (self.masker is not None, self.masker_channel is not None)
-        if name == "mode" and (wanted.spatial, wanted.channel) != known:
-            raise ValueError(
-                f"mode cannot become {value!r}, which needs other maskers than the block has: call "
-                f"block.make_dynamic(BlockSettings(mode={value!r}, ...))"
-            )
-        masker = self.masker_channel
-        if name == "channel_granularity" and masker is not None:
-            size = self.mid_channels // masker.groups
-            if value != size:
-                raise ValueError(
-                    f"channel_granularity cannot become {value!r}, as the masker decides about "
-                    f"groups of {size} channels: call "
-                    f"block.make_dynamic(BlockSettings(channel_granularity={value!r}, ...))"
-                )
-
-    @property
-    def settings(self) -> BlockSettings:
-        """How the block skips, as it is now."""
-        return BlockSettings(
-            mode=self.mode,
-            granularity=self.granularity,
-            channel_position=self.channel_position,
-            **{"channel_granularity": self.channel_granularity, **self._channel_masker_shape()},
-        )
-
     def describe(self, name: str, stage: int, hw: tuple[int, int]) -> BlockShape:
         """The block's shape, from which all that is counted and predicted of it follows.
 
@@ -171,18 +110,6 @@ class DynamicBlock(nn.Module):
             hw: Rows and columns of its input.
         """
         raise NotImplementedError
-
-    def _channel_masker_shape(self) -> dict[str, Any]:
-        """What a shape says of the channel masker; empty without one."""
-        masker = self.masker_channel
-        if masker is None:
-            return {}
-        return dict(
-            channel_granularity=self.channel_granularity,
-            channel_masker=masker.kind,
-            channel_masker_layers=masker.layers,
-            channel_reduction=masker.reduction,
-        )
 
     @property
     def activation(self) -> Activation | None:
@@ -414,10 +341,3 @@ class DynamicBlock(nn.Module):
     def _apply(self, *args, **kwargs) -> DynamicBlock:
         self._executor = self._snapshot = None  # .to() may swap the data of a parameter in place
         return super()._apply(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        patch = f", S={self.granularity}" if self.mode in ("spatial", "both") else ""
-        group = ""
-        if self.mode in ("channel", "both"):
-            group = f", G={self.channel_granularity}, {self.channel_position}"
-        return f"mode={self.mode}{patch}{group}"

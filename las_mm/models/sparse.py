@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from las_mm import compat, ops
-from las_mm.models.activation import find_dynamic_backbones
-from las_mm.models.coverage import (
-    obstacle,
-)
+from las_mm.models.finding import find_dynamic_backbones
+from las_mm.models.interception import obstacle
 
 RUNTIMES = ("auto", "sparse", "dense")
 
@@ -55,7 +53,7 @@ def wanted(x: Tensor) -> bool:
 
     Not under autograd (the sparse path has no gradients), autocast, tracing or ONNX export, only
     where the back end has native kernels, and where nobody has a hand in all modules; see
-    :func:`~las_mm.models.coverage.obstacle`.
+    :func:`~las_mm.models.interception.obstacle`.
     """
     return (
         not torch.is_grad_enabled()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import Tensor, nn
 
 from las_mm import compat
 from las_mm.models.block import DynamicBlock
-from las_mm.models.coverage import foreign, in_format, is_channels_last, shadowed
+from las_mm.models.coverage import in_format, is_channels_last, shadowed
+from las_mm.models.interception import foreign
 from las_mm.models.snapshot import has_hooks
+from las_mm.network.block import BlockShape, NetworkShape
 
 
 class Stream:
@@ -87,3 +89,34 @@ class Stream:
         if self.x.dim() == 4:
             self._channels_last = is_channels_last(self.x)
         self._mine = False
+
+
+def block_shapes(
+    stages: Sequence[tuple[str, Sequence[DynamicBlock]]], hw: tuple[int, int]
+) -> tuple[BlockShape, ...]:
+    """The shapes of all blocks in network order.
+
+    Args:
+        stages: Name and blocks of each stage.
+        hw: Rows and columns of the first block's input.
+    """
+    shapes: list[BlockShape] = []
+    for stage, (name, blocks) in enumerate(stages, start=1):
+        for i, block in enumerate(blocks):
+            shape = block.describe(f"{name}.{i}", stage, hw)
+            shapes.append(shape)
+            hw = (shape.h_out, shape.w_out)
+    return tuple(shapes)
+
+
+def check_sizes(shape: NetworkShape, blocks: Sequence[DynamicBlock]) -> None:
+    """Raise RuntimeError where the blocks got other sizes than the network's shape says."""
+    for block, known in zip(blocks, shape.blocks):
+        seen = block.input_hw
+        if seen is not None and (int(seen[0]), int(seen[1])) != (known.h_in, known.w_in):
+            raise RuntimeError(
+                f"{known.name} got features of {int(seen[0])}x{int(seen[1])}, but the stem and "
+                f"the blocks before it make {known.h_in}x{known.w_in}: a module between them "
+                "changes the size, so that FLOPs and latency cannot be told; use the strides "
+                "of the stages instead"
+            )

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import las_mm
 from las_mm import ops
 from las_mm.models import plan
-from las_mm.models.coverage import foreign, obstacle
+from las_mm.models.interception import foreign, obstacle
 from las_mm.models.maskers import SpatialMasker
 from las_mm.models.settings import BlockSettings
 

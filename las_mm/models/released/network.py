@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from las_mm.checkpoints import read_checkpoint
-from las_mm.models.activation import NetworkActivation, collect_activations
+from las_mm.models.activation import NetworkActivation
+from las_mm.models.finding import collect_activations
 from las_mm.models.flops import flops_report
 from las_mm.models.released.conversion import HEAD, convert
 from las_mm.models.released.specification import backbone_config, num_classes
