@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The first minutes on a GPU: builds for the card at hand, compares the kernels with the CPU, times
-# each kernel and the whole network beside cuDNN, then runs compute-sanitizer. Each stage has a time
+# The first minutes on a GPU: builds for the card at hand, compares the kernels with the CPU, runs
+# compute-sanitizer, then times the whole network and each kernel beside cuDNN. Each stage has a time
 # limit and a log of its own; one that fails does not lose the others. Needs no network and no mmcv
 # ops; under 9 minutes on 16 cores.
 #   tools/gpu_first_run.sh [--dry-run] OUT [STAGE ...]     --dry-run: what runs without a GPU
@@ -43,6 +43,12 @@ else
   nvidia-smi >"$out/nvidia-smi.log" 2>&1
   stage build 240 env FORCE_CUDA=1 MAX_JOBS="$cores" "$python" setup.py build_ext --inplace
   stage tests 150 "$python" -m pytest -q ${TESTS:+-k "$TESTS"} --durations=10 -W ignore -n $((cores < 12 ? cores : 12)) -p no:cacheprovider $tests
+  few="LAS_MM_HYPOTHESIS_SCALE=0.01 PYTORCH_NO_CUDA_MEMORY_CACHING=1"
+  for tool in memcheck racecheck; do
+    # shellcheck disable=SC2086
+    stage $tool 60 env $few compute-sanitizer --error-exitcode 1 --tool $tool \
+      "$python" -m pytest -q -x -p no:cacheprovider $tests -k "not graph and not built"
+  done
   for dtype in fp16 fp32; do
     usual="eager-nhwc eager-nchw graph las_mm-static las_mm-graph"
     if [ $dtype = fp32 ]; then
@@ -59,12 +65,6 @@ else
   for tile in large medium small; do
     stage "kernels_$tile" 60 "$python" dev/benchmark_kernels.py --tile $tile --no-dense \
       --precisions tf32 fp16 --json "$out/kernels_$tile.json"
-  done
-  few="LAS_MM_HYPOTHESIS_SCALE=0.01 PYTORCH_NO_CUDA_MEMORY_CACHING=1"
-  for tool in memcheck racecheck; do
-    # shellcheck disable=SC2086
-    stage $tool 60 env $few compute-sanitizer --error-exitcode 1 --tool $tool \
-      "$python" -m pytest -q -x -p no:cacheprovider $tests -k "not graph and not built"
   done
   # Last, as tuning takes longest: what torch.compile makes of the static network.
   network 1x800_fp16_compile "1 3 800 1344" fp16 90 compile las_mm-graph

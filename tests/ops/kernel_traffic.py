@@ -41,6 +41,7 @@ def needed(block: cases.Block, kept: torch.Tensor) -> dict[str, tuple[int, int]]
     side_weights = c_in * c_out * value if block.downsample else 0
     patches = block.mask.numel()
     kernels = {
+        "ScorePatches": ((n_in * c_in + 2 * c_in) * value + patches, 0),
         "ScorePositions": ((n_in * c_in + 2 * c_in) * value + 4 * n_in, 0),
         "DecidePatches": (4 * n_in + patches, 0),
         "ListPositions": (patches + 4 * (n_halo + (n_out if block.downsample else n_kept)), 0),
@@ -78,7 +79,8 @@ def measure(block: cases.Block, library: ctypes.CDLL) -> list[tuple]:
     masker = (weight, torch.zeros(2, dtype=block.dtype), None)
     machine("spatial_mask", x, *masker, block.granularity, block.strides, block.dilation)
     launches = [n for n in machine.launches() if not n.kernel.startswith(("Mean", "List"))]
-    names = ["ScorePositions", "DecidePatches"]
+    together = "ScorePatches" in launches[0].kernel  # large patches take two kernels
+    names = ["ScorePatches"] if together else ["ScorePositions", "DecidePatches"]
     name = "sparse_bottleneck" if block.downsample else "sparse_bottleneck_"
     machine(name, x, *block.arguments)
     launches += machine.launches()
