@@ -96,6 +96,17 @@ def shuffled(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int = 0) 
     return found
 
 
+@torch.inference_mode()
+def predicted(model: nn.Module, x: torch.Tensor) -> float:
+    """Latency ratio of the backbone that the analytical model predicts for a V100, batch 64."""
+    from las_mm.hooks import PredictedLatencyHook
+    from las_mm.models import collect_activations
+
+    logits_of(model, x)
+    hook = PredictedLatencyHook(device="v100", batch_size=64)
+    return round(float(hook.predict(collect_activations(model)).ratio), 4)
+
+
 def evaluate_all(args: argparse.Namespace) -> None:
     from las_mm import set_budget
     from las_mm.models.sparse import masked_dense
@@ -105,6 +116,9 @@ def evaluate_all(args: argparse.Namespace) -> None:
     for path in sorted(args.weights.glob("*.pth")):
         name = path.stem
         if name in rows:
+            if "predicted_v100" not in rows[name]:
+                rows[name]["predicted_v100"] = predicted(load(args.weights, name), x[::20])
+                args.file.write_text(json.dumps(rows, indent=1))
             continue
         began = time.time()
         model = load(args.weights, name, "sparse")
@@ -127,6 +141,7 @@ def evaluate_all(args: argparse.Namespace) -> None:
                 found = accuracy(model, x, y)
                 found.pop("logits")
                 row["budgets"][f"{target}"] = dict(found, offset=told.offset)
+        row["predicted_v100"] = predicted(load(args.weights, name), x[::20])
         rows[name] = row
         args.file.write_text(json.dumps(rows, indent=1))
         print(f"{name} ({time.time() - began:.0f} s): {row}", flush=True)
@@ -255,7 +270,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.3, 0.4, 0.5, 0.6, 0.7])
-    parser.add_argument("--curve", nargs="*", default=["spatial-0.5-s0", "both-0.5-s0"])
+    parser.add_argument(
+        "--curve", nargs="*", default=["spatial-0.5-s0", "both-0.5-s0", "layer-0.7-s0"]
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     args.file = args.out / "accuracy.json"
