@@ -15,7 +15,16 @@ if not sys.argv or Path(sys.argv[0]).stem not in ("las_mm", "-m"):
     from las_mm.registry import HOOKS, MODELS
 
 _BACKBONES = ["LASRegNet", "LASResNet"]
-__all__ = ["HOOKS", "MODELS", "__version__", "explain", "prepare", *_BACKBONES]
+__all__ = [
+    "HOOKS",
+    "MODELS",
+    "ActivationMetric",
+    "__version__",
+    "explain",
+    "prepare",
+    "set_budget",
+    *_BACKBONES,
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,6 +41,14 @@ def __getattr__(name: str) -> Any:
         from las_mm.models.sparse import prepare
 
         return prepare
+    if name == "set_budget":
+        from las_mm.budget import set_budget
+
+        return set_budget
+    if name == "ActivationMetric":
+        from las_mm.hooks import ActivationMetric
+
+        return ActivationMetric
     if name in _BACKBONES:
         from las_mm import models
 

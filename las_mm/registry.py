@@ -10,6 +10,7 @@ check_together()
 require("mmengine", "las_mm")
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
+from mmengine.registry import METRICS as MMENGINE_METRICS  # noqa: E402
 from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
 from mmengine.registry import Registry  # noqa: E402
 
@@ -17,3 +18,4 @@ MODELS = Registry(
     "model", parent=MMENGINE_MODELS, scope="las_mm", locations=["las_mm.models", "las_mm.losses"]
 )
 HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope="las_mm", locations=["las_mm.hooks"])
+METRICS = Registry("metric", parent=MMENGINE_METRICS, scope="las_mm", locations=["las_mm.hooks"])

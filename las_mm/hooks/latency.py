@@ -126,9 +126,17 @@ class PredictedLatencyHook(Hook):
 
     def before_val_epoch(self, runner) -> None:
         self._start_summary(runner, runner.val_dataloader)
+        self._lend(runner.model, getattr(runner, "val_evaluator", None))
 
     def before_test_epoch(self, runner) -> None:
         self._start_summary(runner, runner.test_dataloader)
+        self._lend(runner.model, getattr(runner, "test_evaluator", None))
+
+    def _lend(self, model: nn.Module, evaluator) -> None:
+        """Show the backbone to every ``ActivationMetric``, as metrics do not see the model."""
+        for metric in getattr(evaluator, "metrics", ()):
+            if callable(getattr(metric, "watch_backbone", None)):
+                metric.watch_backbone(find_dynamic_backbone(model, self.val_module), self)
 
     def _start_summary(self, runner, loader) -> None:
         self._summary = DatasetSummary()

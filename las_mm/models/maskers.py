@@ -8,6 +8,7 @@ be smaller. Where S divides the map this is the definition of LASNet, section 3.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +66,10 @@ class Masker(nn.Module):
         temperature: Gumbel-softmax temperature tau, set by ``TemperatureHook``.
         noise: Scale of the Gumbel noise, set by ``TemperatureHook``; 1 is the papers' sampling,
             0 decides in training as in eval mode.
-        offset: Added to the difference of the logits, of its shape or with one image, or
-            ``None``; an infinite value forces a decision while the masker still does (and costs)
-            its work. A tool for benchmarks and pictures, so it is in no checkpoint.
+        offset: Added to the difference of the logits: a tensor of its shape, of its shape with one
+            image, or of shape () for all decisions alike (:func:`las_mm.set_budget`); or ``None``.
+            An infinite value forces a decision while the masker still does (and costs) its work.
+            It is in no checkpoint.
     """
 
     def __init__(self) -> None:
@@ -78,14 +80,38 @@ class Masker(nn.Module):
 
     def decide(self, keep: Tensor) -> Tensor:
         """Logit 0 minus logit 1 -> zeros and ones, float32, of the same shape."""
-        if self.offset is not None:
-            keep = keep + self.offset.to(keep)
+        offset = self.offset_for(keep.shape)
+        if offset is not None:
+            keep = keep + offset.to(keep)
         if not self.training:
             return self.hard(keep)
         keep = keep + self.noise * gumbel_difference(keep)
         hard = self.hard(keep)
         soft = torch.sigmoid(keep / self.temperature)
         return hard + (soft - soft.detach())
+
+    def offset_for(self, shape: Sequence[int]) -> Tensor | None:
+        """:attr:`offset` for decisions of this shape, a scalar one repeated for one image.
+
+        Raises:
+            ValueError: It is neither ``None`` nor a tensor of a shape that fits.
+        """
+        offset = self.offset
+        if offset is None:
+            return None
+        if isinstance(offset, Tensor):
+            if offset.dim() == 0:
+                return offset.expand(1, *shape[1:]).contiguous()
+            same = offset.dim() == len(shape) and tuple(offset.shape[1:]) == tuple(shape[1:])
+            if same and offset.shape[0] in (1, shape[0]):
+                return offset
+        images, *rest = shape
+        inner = ", ".join(map(str, rest))
+        got = f"shape {tuple(offset.shape)}" if isinstance(offset, Tensor) else repr(offset)
+        raise ValueError(
+            f"offset of {type(self).__name__} must be None or a tensor of shape () or "
+            f"(1 or {images}, {inner}), got {got}"
+        )
 
     def hard(self, keep: Tensor) -> Tensor:
         """Zeros and ones, float32; NaN skips."""

@@ -77,7 +77,12 @@ class SparseBlock:
             return None, granularity, Activation(self.one)
         masker, weight, bias = self.masker
         axes = (LAYER,) if block.mode == "layer" else (POSITION, DILATED)
-        arguments = (weight, bias, masker.offset, granularity, self.strides, self.dilation)
+        offset = masker.offset
+        if offset is not None:
+            side = self.strides[1] * granularity  # ceil(ceil(n / a) / b) is ceil(n / (a * b))
+            grid = (-(-n // (self.strides[0] * side)) for n in x.shape[2:])
+            offset = masker.offset_for((len(x), 1, *grid))
+        arguments = (weight, bias, offset, granularity, self.strides, self.dilation)
         if x.is_cuda and not (compat.is_compiling() or compat.is_exporting()):
             # Rates take launches of their own there, which nobody may ask for.
             mask = torch.ops.las_mm.patch_mask(x, *arguments)
@@ -93,7 +98,8 @@ class SparseBlock:
         if self.channel_layers is None:
             groups = self.masker_channel(x)
         else:
-            groups = ops.channel_mask(x, *self.channel_layers, self.masker_channel.offset)
+            offset = self.masker_channel.offset_for((len(x), self.masker_channel.groups))
+            groups = ops.channel_mask(x, *self.channel_layers, offset)
         if not compat.is_exporting():
             record = partial(
                 _channel_activation,
