@@ -151,10 +151,10 @@ test-gpu: setup
 
 # Both say so and succeed where there is no nvcc. The installed extension stays as it is.
 cuda-build: setup
-	$(BIN)/python tools/cuda_resources.py --optional --build-only
+	$(BIN)/python dev/cuda_resources.py --optional --build-only
 
 cuda-resources: setup
-	$(BIN)/python tools/cuda_resources.py --optional $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
+	$(BIN)/python dev/cuda_resources.py --optional $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
 
 sanitize: setup
 	PYTHON=$(CURDIR)/$(BIN)/python tests/ops/sanitize.sh

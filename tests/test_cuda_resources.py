@@ -1,4 +1,4 @@
-"""tools/cuda_resources.py: its parsers and its arithmetic, against texts and sums made by hand."""
+"""dev/cuda_resources.py: its parsers and its arithmetic, against texts and sums made by hand."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TILE = "SparseGemm<Tile<__half, 128, 2, 64, 64, true, false, false> >"
 
 @pytest.fixture(scope="module")
 def tools():
-    """``tools(name)``: a module of tools/."""
+    """``tools(name)``: a module of dev/."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
+        patch.syspath_prepend(str(ROOT / "dev"))
         yield __import__
 
 
@@ -363,7 +363,7 @@ class TestWithoutCompiler:
 
 
 def test_unknown_architectures_are_refused(tmp_path):
-    tool = ROOT / "tools" / "cuda_resources.py"
+    tool = ROOT / "dev" / "cuda_resources.py"
     command = [sys.executable, str(tool), "--architectures", "76"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 76" in done.stderr

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Build the CUDA kernels for several GPU generations and check what became of them; needs no GPU.
 
-python tools/cuda_resources.py                        # build, then table and checks
-python tools/cuda_resources.py --write docs/cuda.md   # put the table there as well
+python dev/cuda_resources.py                        # build, then table and checks
+python dev/cuda_resources.py --write docs/cuda.md   # put the table there as well
 
 setup.py builds the extension into build/cuda, again only what has changed; the installed extension
 stays as it is. The checks read what `ptxas -v` said while compiling, the constants of the kernels'
