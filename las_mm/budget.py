@@ -72,8 +72,7 @@ def set_budget(
         for masker in maskers:
             masker.offset = None
         return Budget(0.0, None)
-    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    if not number or not 0 < rate <= 1:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
         raise ValueError(f"rate of set_budget must be in (0, 1] or None, got {rate!r}")
     if backbone.training:
         raise RuntimeError("set_budget needs the model in eval mode; call .eval()")
@@ -97,8 +96,7 @@ def _batches(images: Tensor | Iterable[Tensor] | None) -> Sequence[Tensor]:
     good = all(isinstance(batch, Tensor) and batch.dim() == 4 and len(batch) for batch in batches)
     if not batches or not good:
         raise ValueError(
-            "images of set_budget must be a tensor (N, 3, H, W) or batches of these, with at "
-            "least one image"
+            "images of set_budget must be (N, 3, H, W) or batches of these, with N at least 1"
         )
     return batches
 

@@ -116,13 +116,8 @@ def run(args: argparse.Namespace) -> None:
     with as_user_errors(ValueError, RuntimeError, ImportError):
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task("measuring")
-            device = calibrate(
-                settings,
-                record,
-                args.name or args.device,
-                datetime.date.today().isoformat(),
-                show,
-            )
+            today = datetime.date.today().isoformat()
+            device = calibrate(settings, record, args.name or args.device, today, show)
     write_atomically(out, device.to_yaml().encode())
     record.replace(measured)  # for --refit
     probes, accuracy = device.model.probes, device.accuracy

@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SRC", help="the checkpoint to read")
     add("destination", metavar="DST", type=Path, help="the file to write")
     add("--spec", type=Path, help="JSON file that describes the network")
-    add(
-        "--mode", help="without --spec: mode of all blocks, such as layer, where keys leave it open"
-    )
+    add("--mode", help="without --spec: mode of all blocks (layer) where keys leave it open")
     add("--granularity", type=int, nargs="+", help="without --spec: S, one, 4 or one per block")
     add("--bare", action="store_true", help="only the backbone, its keys without prefix")
     add("--report", type=Path, help="write what became of every key into this JSON file")
@@ -85,12 +83,8 @@ def converted(args: argparse.Namespace) -> Conversion:
 
 def content(found: Conversion, args: argparse.Namespace) -> bytes:
     """What is written into the destination."""
-    meta = dict(
-        las_mm_version=__version__,
-        source=Path(args.source).name,
-        backbone=found.backbone,
-        num_classes=None if args.bare else found.num_classes,
-    )
+    meta = dict(las_mm_version=__version__, source=Path(args.source).name)
+    meta.update(backbone=found.backbone, num_classes=None if args.bare else found.num_classes)
     buffer = io.BytesIO()
     weights = found.bare() if args.bare else found.weights
     torch.save(dict(meta=meta, state_dict=weights), buffer)
@@ -99,16 +93,9 @@ def content(found: Conversion, args: argparse.Namespace) -> bytes:
 
 def report(found: Conversion, args: argparse.Namespace) -> dict:
     """What became of every key."""
-    return dict(
-        source=str(args.source),
-        destination=str(args.destination),
-        backbone=found.backbone,
-        num_classes=found.num_classes,
-        used=found.used,
-        unused=found.unused,
-        missing=found.missing,
-        added=found.added,
-    )
+    told = ("backbone", "num_classes", "used", "unused", "missing", "added")
+    files = dict(source=str(args.source), destination=str(args.destination))
+    return {**files, **{name: getattr(found, name) for name in told}}
 
 
 def usage(found: Conversion, args: argparse.Namespace) -> str:

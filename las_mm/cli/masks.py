@@ -89,11 +89,7 @@ def local_reader(config: Config) -> list:
 
 
 def visualize(
-    model: nn.Module,
-    images: list[Path],
-    out_dir: Path,
-    score_thr: float,
-    module: str | None = None,
+    model: nn.Module, images: list[Path], out_dir: Path, score_thr: float, module: str | None = None
 ) -> None:
     """Run the detector on each image and write its picture."""
     from mmdet.apis import inference_detector

@@ -40,7 +40,7 @@ def load_device(name_or_path: str | Path | AnyDevice) -> AnyDevice:
     simulator; *datasheet* are ``a100``, ``h100``, ``rtx4090``, ``orin`` and ``t4``, whose peak
     numbers are the vendor's and whose L2 and launch figures are estimates: compare networks on
     one such device, but do not read its milliseconds as measured ones. A file written by
-    ``tools/calibrate.py`` is *calibrated* (a :class:`CalibratedDevice`), and ``cpu`` and ``cuda``
+    ``las_mm calibrate`` is *calibrated* (a :class:`CalibratedDevice`), and ``cpu`` and ``cuda``
     are the names of this machine's own; a file that says nothing is *custom*.
 
     Args:
@@ -66,11 +66,11 @@ def load_device(name_or_path: str | Path | AnyDevice) -> AnyDevice:
         name = str(name_or_path).lower()
         if name in MEASURED:
             path = calibration_path(name)
-            way_out = f"run tools/calibrate.py --device {name} again (--refit keeps measurements)"
+            way_out = f"run las_mm calibrate --device {name} again (--refit keeps measurements)"
             if not path.is_file():
                 raise ValueError(
                     f"this machine's {name} is not calibrated yet (no {path}): run "
-                    f"tools/calibrate.py --device {name}, or give another device"
+                    f"las_mm calibrate --device {name}, or give another device"
                 )
         elif name in available_devices():
             path = _DEVICE_DIR / f"{name}.yaml"

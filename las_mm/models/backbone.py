@@ -29,12 +29,11 @@ from las_mm.network.block import NetworkShape
 class DynamicBackbone(nn.Module):
     """Mixed into a static backbone whose stages are sequences of :class:`DynamicBlock`, before it.
 
-    A subclass sets :attr:`settings` before the
-    constructor of the static backbone runs, which calls :meth:`make_res_layer` for each stage,
-    and gives :attr:`architecture`, :meth:`_dense_stem` and, where the stem has a sparse path,
-    :attr:`stem_class` and :meth:`_stem_parts`. It reads ``depth``, ``out_indices``,
-    ``res_layers`` (names of the stages), ``frozen_stages``, ``freeze_maskers`` and, as mmseg's
-    ResNet has them, ``contract_dilation`` and ``multi_grid``.
+    A subclass sets :attr:`settings` before the constructor of the static backbone runs, which calls
+    :meth:`make_res_layer` for each stage, and gives :attr:`architecture`, :meth:`_dense_stem` and,
+    where the stem has a sparse path, :attr:`stem_class` and :meth:`_stem_parts`. It reads
+    ``depth``, ``out_indices``, ``res_layers`` (names of the stages), ``frozen_stages``,
+    ``freeze_maskers`` and, as mmseg's ResNet has them, ``contract_dilation`` and ``multi_grid``.
 
     Attributes:
         settings: How every block skips, [stage][block].
@@ -206,15 +205,9 @@ class DynamicBackbone(nn.Module):
         """
         stage = len(self.res_layers)
         settings = iter(self._asked[stage])
-        last = stage == len(self._asked) - 1
-        dilations = iter(
-            dilations_of_blocks(
-                len(self._asked[stage]),
-                kwargs.get("dilation", 1),
-                self.contract_dilation,
-                self.multi_grid if last else None,
-            )
-        )
+        grid = self.multi_grid if stage == len(self._asked) - 1 else None
+        dilation, number = kwargs.get("dilation", 1), len(self._asked[stage])
+        dilations = iter(dilations_of_blocks(number, dilation, self.contract_dilation, grid))
 
         def build(**arguments) -> DynamicBlock:
             arguments["dilation"] = next(dilations)

@@ -168,7 +168,7 @@ def test_damaged_files_are_refused(fitted, tmp_path, change, message):
 
 def test_own_calibration_has_a_name(fitted, tmp_path, monkeypatch):
     monkeypatch.setenv("LAS_MM_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="not calibrated yet.*tools/calibrate.py --device cpu"):
+    with pytest.raises(ValueError, match="not calibrated yet.*las_mm calibrate --device cpu"):
         load_device("cpu")
     calibration_path("cpu").write_text(fitted.to_yaml())
     assert load_device("CPU").name == "imagined"
@@ -199,7 +199,7 @@ def test_calibration_of_something_else_warns(fitted, tmp_path, monkeypatch, key)
     path.write_text(replace(fitted, machine={**fitted.machine, key: "another"}).to_yaml())
     load_device(path)
     assert len(messages) == 1
-    assert f"{key} 'another', here" in messages[0] and "run tools/calibrate.py" in messages[0]
+    assert f"{key} 'another', here" in messages[0] and "run las_mm calibrate" in messages[0]
 
 
 def test_calibration_from_before_kernels_were_named_warns(fitted, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_out_of_reach_leaves_the_network_as_it_was(images):
 
 @pytest.mark.parametrize("wrong", [None, [], torch.rand(3, 64, 64), [torch.rand(3, 8, 8)]])
 def test_no_images(wrong):
-    with pytest.raises(ValueError, match="^images of set_budget must be a tensor"):
+    with pytest.raises(ValueError, match=r"^images of set_budget must be \(N, 3, H, W\)"):
         las_mm.set_budget(make("spatial"), 0.5, wrong)
 
 

@@ -28,7 +28,7 @@ from .terms import Probes
 FORMAT = 1
 _DIGITS = 7  # of numbers in a file; float32 has as many
 POOR = 0.25  # RMS error of unseen blocks from which on a calibration is not to be trusted
-_RECALIBRATE = "run tools/calibrate.py again"
+_RECALIBRATE = "run las_mm calibrate again"
 _warned: set[str] = set()
 
 
@@ -191,7 +191,7 @@ class CalibratedDevice:
 
     def to_yaml(self) -> str:
         """The device's file."""
-        head = f"# Measured by tools/calibrate.py on {self.date}. Not to be edited.\n"
+        head = f"# Measured by las_mm calibrate on {self.date}. Not to be edited.\n"
         return head + yaml.safe_dump(
             self.to_dict(), sort_keys=False, default_flow_style=None, width=2**16
         )

@@ -2,7 +2,7 @@
 
 - :func:`load` and :func:`build`: a released network from a checkpoint, from a specification.
 - :func:`convert`: a checkpoint -> our names, with an account of every key;
-  ``tools/convert_checkpoint.py`` is its command line.
+  ``las_mm convert`` is its command line.
 - :mod:`~las_mm.models.released.specification`: how networks are described.
 
 Released ResNets mask channels before the norm, released RegNets after the activation, and their
