@@ -61,8 +61,10 @@ def set_budget(
         RuntimeError: The model is in training mode.
 
     Example:
-        >>> las_mm.set_budget(model, 0.4, images)
-        Budget(offset=-0.8125, flops_ratio=0.4011)
+        >>> from las_mm.models import LASResNet
+        >>> network = LASResNet(50, base_channels=16).eval()
+        >>> round(set_budget(network, 0.8, torch.randn(4, 3, 64, 64)).flops_ratio, 1)
+        0.8
     """
     backbone = find_dynamic_backbone(model, module)
     maskers = backbone.maskers()
