@@ -137,7 +137,10 @@ class BudgetLoss(nn.Module):
         if self.bounds_weight and activation.dynamic:
             report = report or flops_report(activation)
             lower, upper = self.bounds(progress)
-            ratios = report.block_ratios[activation.dynamic]
+            ratios = report.block_ratios
+            # A list as index is copied to the device and waited for.
+            if len(activation.dynamic) < len(ratios):
+                ratios = ratios[activation.dynamic]
             excess = (ratios - upper).clamp(min=0).square() + (lower - ratios).clamp(min=0).square()
             loss = loss + self.bounds_weight * excess.mean()
         return (self.loss_weight * loss).float()

@@ -112,6 +112,19 @@ def _is_apart(op: Operator) -> bool:
     return isinstance(op, Linear) and not op.masker
 
 
+def _on_device(shape: NetworkShape, counting: str, device: torch.device) -> tuple[Tensor, ...]:
+    """A network's fixed, gated and static counts, and the owners of its terms, on a device."""
+    counts = count_macs(shape, counting)
+    static = counts.static_blocks + (counts.masker if counting == "released" else 0)
+    arrays = (counts.fixed, counts.gated, static, counts.owner)
+    with torch.inference_mode(False):
+        return tuple(torch.as_tensor(array, device=device) for array in arrays)
+
+
+# A copy per step would have the host wait for the device, and no CUDA graph could capture it.
+_kept_on_device = lru_cache(maxsize=256)(_on_device)
+
+
 @dataclass(frozen=True)
 class FlopsReport:
     """Dynamic against static multiply-accumulates per image, differentiable in the rates.
@@ -152,13 +165,11 @@ def flops_report(activation: NetworkActivation, counting: str = "exact") -> Flop
     shares = activation.shares.double()
     if counting == "released":
         shares = _products_of_means(activation, counts)
-    blocks = shares.new_tensor(counts.fixed)
-    owner = torch.as_tensor(counts.owner, device=shares.device)
-    blocks = blocks.index_add(0, owner, shares.new_tensor(counts.gated) * shares)
-    static_blocks = blocks.new_tensor(counts.static_blocks)
+    copies = _on_device if shares.device.type == "cpu" else _kept_on_device
+    fixed, gated, static_blocks, owner = copies(activation.shape, counting, shares.device)
+    blocks = fixed.index_add(0, owner, gated * shares)
     extra = counts.stem
     if counting == "released":
-        static_blocks = static_blocks + blocks.new_tensor(counts.masker)
         ops = (op for block in activation.shape.blocks for op in block.operators)
         extra += sum(op.macs() for op in ops if _is_apart(op))
     return FlopsReport(
