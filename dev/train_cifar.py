@@ -22,6 +22,8 @@ import pickle
 import tarfile
 import time
 import traceback
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-BASE = 24
-BLOCKS = (3, 4, 6, 3)
-SHRUNK_BASE, SHRUNK_BLOCKS = 20, (2, 3, 4, 2)  # about as fast as the dynamic ones
+BASE = 40
+BLOCKS = (2, 3, 3, 1)
+SHRUNK_BASE, SHRUNK_BLOCKS = 32, (1, 2, 2, 1)  # about as fast as the dynamic ones
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 
 
@@ -39,7 +41,7 @@ MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 def make_network(
     mode="static", granularity=(4, 4, 2, 1), base=BASE, blocks=BLOCKS, runtime="auto"
 ) -> nn.Module:
-    """An ``ImageClassifier`` of a thin ResNet-50 with a 3 x 3 stem of stride 1, for 32 x 32."""
+    """An ``ImageClassifier``: a thin bottleneck ResNet for 32 x 32, its stem 3 x 3, stride 1."""
     from mmpretrain.models import ImageClassifier
 
     from las_mm.models import LASResNet
@@ -76,45 +78,54 @@ def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------- jobs
 def jobs(scratch: float, tune: float) -> list[dict]:
-    """All jobs, the most valuable first."""
+    """All jobs, the most valuable first.
+
+    The static network of full size, trained for ``scratch`` epochs, is initialisation and teacher
+    of those that are tuned for ``tune`` epochs; the shrunk static ones learn from the same teacher
+    for as many epochs as both together.
+    """
     made: list[dict] = []
 
-    def add(name: str, **settings) -> None:
-        made.append(dict(name=name, **settings))
+    def add(name: str, seed: int = 0, **settings) -> None:
+        made.append(dict(name=f"{name}-s{seed}", seed=seed, teacher="static", **settings))
 
-    def tuned(name: str, seed: int, **settings) -> None:
-        init = settings.pop("init", "static")
-        add(f"{name}-s{seed}", seed=seed, epochs=tune, init=init, teacher="static", **settings)
+    def tuned(name: str, seed: int = 0, **settings) -> None:
+        add(name, seed, epochs=tune, init="static", **settings)
 
-    shrunk = {"narrow": dict(base=SHRUNK_BASE), "shallow": dict(blocks=SHRUNK_BLOCKS)}
+    def dynamic(mode: str, target: float = 0.5, seed: int = 0, **settings) -> None:
+        tuned(f"{mode}-{target}", seed, mode=mode, target=target, **settings)
+
+    def variant(what: str, **settings) -> None:
+        tuned(f"spatial-0.5-{what}", mode="spatial", target=0.5, **settings)
+
+    def shrunk(seed: int) -> None:
+        add("narrow", seed, epochs=scratch + tune, base=SHRUNK_BASE)
+        add("shallow", seed, epochs=scratch + tune, blocks=SHRUNK_BLOCKS)
+
     modes = ("spatial", "layer", "channel", "both")
-    add("static", seed=0, epochs=scratch)
-    for mode in ("spatial", "layer"):
-        tuned(f"{mode}-0.5", 0, mode=mode, target=0.5)
-    for name, arch in shrunk.items():
-        add(f"{name}-first", seed=0, epochs=scratch, init_after="static", **arch)
-    for mode in ("channel", "both"):
-        tuned(f"{mode}-0.5", 0, mode=mode, target=0.5)
-    tuned("static-more", 0)
-    for name, arch in shrunk.items():
-        tuned(name, 0, init=f"{name}-first", **arch)
-    tuned("layer-0.7", 0, mode="layer", target=0.7)
-    tuned("spatial-0.7", 0, mode="spatial", target=0.7)
-    for mode in ("layer", "spatial"):
-        tuned(f"{mode}-0.5", 1, mode=mode, target=0.5)
-    tuned("layer-0.3", 0, mode="layer", target=0.3)
-    tuned("layer-0.5-no-distillation", 0, mode="layer", target=0.5, distill=0.0)
-    tuned("layer-0.5-no-bounds", 0, mode="layer", target=0.5, bounds=0.0)
-    tuned("layer-0.5-no-fading", 0, mode="layer", target=0.5, fade=None)
-    tuned("spatial-0.5-fine", 0, mode="spatial", target=0.5, granularity=(1, 1, 1, 1))
-    tuned("spatial-0.3", 0, mode="spatial", target=0.3)
+    made.append(dict(name="static", seed=0, epochs=scratch))
     for mode in modes:
-        tuned(f"{mode}-0.5", 2, mode=mode, target=0.5)
-    for mode in ("channel", "both"):
-        tuned(f"{mode}-0.5", 1, mode=mode, target=0.5)
-    for seed in (1, 2):
-        for name, arch in shrunk.items():
-            tuned(name, seed, init=f"{name}-first", **arch)
+        dynamic(mode)
+    tuned("static-more")
+    shrunk(0)
+    dynamic("spatial", 0.7)
+    dynamic("layer", 0.7)
+    dynamic("spatial", 0.3)
+    dynamic("layer", 0.3)
+    variant("fine", granularity=(1, 1, 1, 1))
+    variant("no-distillation", distill=0.0)
+    variant("no-bounds", bounds=0.0)
+    variant("no-fading", fade=None)
+    for mode in modes:
+        dynamic(mode, seed=1)
+    variant("latency", metric="latency")
+    shrunk(1)
+    for mode in modes:
+        dynamic(mode, seed=2)
+    tuned("spatial-0.5-twice", mode="spatial", target=0.5, longer=2)
+    shrunk(2)
+    tuned("static-more", 1)
+    tuned("static-more", 2)
     return made
 
 
@@ -168,15 +179,23 @@ def load_data(path: Path, processes: int) -> dict[str, np.ndarray]:
     }
 
 
+@lru_cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+
+
 def normalise(x: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) -> float32, channels last."""
-    mean = torch.tensor(MEAN, device=x.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=x.device).view(1, 3, 1, 1)
+    mean, std = _statistics(x.device)
     return ((x.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def augment(padded: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Crops of 32 from images padded by 4, flipped half of the time, with a hole of 8 x 8."""
+    """Crops of 32 from images padded by 4, flipped half of the time.
+
+    Nothing flat is put into them (holes, borders of zeros): flat patches are skipped first, and a
+    network that trained on such images would compute more on others.
+    """
     n, device = len(index), padded.device
     span = torch.arange(32, device=device)
     rows = torch.randint(0, 9, (n, 1), device=device) + span
@@ -185,11 +204,7 @@ def augment(padded: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     columns = torch.randint(0, 9, (n, 1), device=device) + torch.where(flip, 31 - columns, columns)
     channels = torch.arange(3, device=device).view(1, 3, 1, 1)
     at = index.view(n, 1, 1, 1), channels, rows.view(n, 1, 32, 1), columns.view(n, 1, 1, 32)
-    x = normalise(padded[at])
-    top, left = torch.randint(-4, 29, (2, n, 1), device=device).unbind(0)
-    inside_rows = (span >= top) & (span < top + 8)
-    inside_columns = (span >= left) & (span < left + 8)
-    return x.masked_fill(inside_rows.view(n, 1, 32, 1) & inside_columns.view(n, 1, 1, 32), 0.0)
+    return normalise(padded[at])
 
 
 # ---------------------------------------------------------------- one job
@@ -223,9 +238,66 @@ def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: int = 50
     )
 
 
+def schedule(job: dict, budget, steps: int, peak: float) -> np.ndarray:
+    """Learning rate, temperature, noise and both bounds of every step, (steps, 5)."""
+    from las_mm.hooks import TemperatureHook
+
+    warm = 0.1 if "init" in job else 0.2
+    hook = TemperatureHook(5.0, 0.1, noise_fade=job.get("fade", (0.5, 0.75)))
+    table = np.empty((steps, 5), np.float32)
+    for step in range(steps):
+        progress = step / steps
+        if progress < warm:
+            factor = (step + 1) / (warm * steps)
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
+        table[step] = (
+            peak * min(1.0, factor),
+            hook.temperature(step, steps),
+            hook.noise(step, steps),
+            *budget.bounds(progress),
+        )
+    return table
+
+
+class Step:
+    """One step of training: on a GPU captured once as a CUDA graph, then replayed.
+
+    All that changes from step to step is read from tensors on the device, by a counter there.
+    """
+
+    def __init__(self, body: Callable[[], None], device: str, eager: bool = False) -> None:
+        self.body = body
+        self.graph = None
+        # cuDNN tries its algorithms, and the optimiser makes its state, before the capture.
+        self.eager_steps = 4 if device == "cuda" and not eager else -1
+        self.stream = torch.cuda.Stream() if device == "cuda" else None
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        if self.eager_steps < 0:
+            self.body()
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.eager_steps > 0:
+                self.body()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        if self.eager_steps == 0:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.body()
+            self.graph = graph
+            graph.replay()
+        self.eager_steps -= 1
+
+
 def train(job: dict, data: dict[str, torch.Tensor], args: argparse.Namespace) -> str:
     """Train one job, or go on with it; ``'done'`` or ``'stopped'``."""
-    from las_mm.hooks import TemperatureHook
+    from evaluate_cifar import shuffled
     from las_mm.losses import BudgetLoss
     from las_mm.models import collect_activations
     from las_mm.models.distill import distillation
@@ -246,37 +318,51 @@ def train(job: dict, data: dict[str, torch.Tensor], args: argparse.Namespace) ->
         if unexpected or any("masker" not in key for key in missing):
             raise ValueError(f"{job['init']} does not fit {job['name']}: {missing}, {unexpected}")
     model.to(device, memory_format=torch.channels_last)
+    distill = job.get("distill", 0.5)
     teacher = None
-    if "teacher" in job and job.get("distill", 0.5):
+    if "teacher" in job and distill:
         teacher = make_network()
         teacher.load_state_dict(torch.load(work / f"{job['teacher']}.pth", weights_only=True))
         teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    images, labels = data["padded"], data["train_labels"]
+    batch = args.batch_size
+    per_epoch = len(images) // batch
+    steps = max(2, round(job["epochs"] * job.get("longer", 1) * per_epoch))
+    latency = job.get("metric") == "latency"
+    budget = BudgetLoss(
+        args.latency_target if latency else job.get("target", 0.5),
+        network_weight=10.0,
+        bounds_weight=job.get("bounds", 10.0),
+        **(dict(metric="latency", device="v100", batch_size=64) if latency else {}),
+    )
+    peak = (args.tune_lr if "init" in job else args.lr) * batch / 512
+    table = torch.from_numpy(schedule(job, budget, steps, peak)).to(device)
+    now = table[0].clone()
+    counter = torch.zeros((), dtype=torch.long, device=device)
+    order = torch.zeros(per_epoch * batch, dtype=torch.long, device=device)
+    span = torch.arange(batch, device=device)
+    ratio, last_loss = torch.ones(2, device=device).unbind()
+    is_dynamic = job.get("mode", "static") != "static"
+    for masker in model.backbone.maskers() if is_dynamic else ():
+        masker.temperature, masker.noise = now[1], now[2]
+    budget.bounds = lambda progress: (now[3], now[4])
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.SGD(
         [dict(params=decay, weight_decay=5e-4), dict(params=rest, weight_decay=0.0)],
-        lr=0.1,
+        lr=now[0],
         momentum=0.9,
         nesterov=True,
-        foreach=True,
-    )
-    images, labels = data["padded"], data["train_labels"]
-    batch = args.batch_size
-    per_epoch = len(images) // batch
-    steps = max(2, round(job["epochs"] * per_epoch))
-    peak = (args.lr if "init" not in job else args.tune_lr) * batch / 512
-    warm = 0.2 if "init" not in job else 0.1
-    maskers = [m for m in model.backbone.maskers()] if job.get("mode", "static") != "static" else []
-    hook = TemperatureHook(5.0, 0.1, noise_fade=job.get("fade", (0.5, 0.75)))
-    budget = BudgetLoss(
-        job.get("target", 0.5), network_weight=10.0, bounds_weight=job.get("bounds", 10.0)
+        fused=True,
     )
     step, spent = 0, 0.0
     if partial.exists():
         state = torch.load(partial, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for parameter, momentum in zip(decay + rest, state["momenta"]):
+            optimizer.state[parameter]["momentum_buffer"] = momentum.to(device)
         step, spent = state["step"], state["spent"]
+        counter.fill_(step)
         torch.set_rng_state(state["rng"])
         if device == "cuda":
             torch.cuda.set_rng_state(state["rng_device"])
@@ -285,7 +371,7 @@ def train(job: dict, data: dict[str, torch.Tensor], args: argparse.Namespace) ->
     def save() -> None:
         state = dict(
             model=model.state_dict(),
-            optimizer=optimizer.state_dict(),
+            momenta=[optimizer.state[p]["momentum_buffer"] for p in decay + rest],
             step=step,
             spent=spent + time.time() - began,
             rng=torch.get_rng_state(),
@@ -294,35 +380,9 @@ def train(job: dict, data: dict[str, torch.Tensor], args: argparse.Namespace) ->
             state["rng_device"] = torch.cuda.get_rng_state()
         write_atomically(partial, lambda part: torch.save(state, part))
 
-    model.train()
-    order, epoch = None, -1
-    ratios: list[torch.Tensor] = []
-    while step < steps:
-        if step % 20 == 0:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if time.time() > args.deadline:
-                save()
-                return "stopped"
-            if time.time() - saved > args.save_every:
-                save()
-                saved = time.time()
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            shuffle = torch.Generator().manual_seed(7919 * job["seed"] + epoch + 1)
-            order = torch.randperm(len(images), generator=shuffle).to(device)
-        progress = step / steps
-        if progress < warm:
-            factor = (step + 1) / (warm * steps)
-        else:
-            factor = 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(1.0, factor)
-        for masker in maskers:
-            masker.temperature = hook.temperature(step, steps)
-            masker.noise = hook.noise(step, steps)
-        at = (step % per_epoch) * batch
-        index = order[at : at + batch]
+    def body() -> None:
+        now.copy_(table.index_select(0, counter.view(1))[0])
+        index = order[(counter % per_epoch) * batch + span]
         x, y = augment(images, index), labels[index]
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             out = logits_of(model, x)
@@ -331,25 +391,52 @@ def train(job: dict, data: dict[str, torch.Tensor], args: argparse.Namespace) ->
                     wanted = logits_of(teacher, x)
         loss = F.cross_entropy(out.float(), y)
         if teacher is not None:
-            loss = loss + job.get("distill", 0.5) * distillation(out, wanted, 4.0)
-        if maskers:
+            loss = loss + distill * distillation(out, wanted, 4.0)
+        if is_dynamic:
             activation = collect_activations(model)
             report = flops_report(activation)
-            loss = loss + budget(activation, progress, report)
-            ratios.append(report.ratio.detach())
+            loss = loss + budget(activation, 0.0, report)
+            ratio.copy_(report.ratio.detach())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        last_loss.copy_(loss.detach())
+        counter.add_(1)
+
+    model.train()
+    epoch = -1
+    ratios: list[torch.Tensor] = []
+    advance = Step(body, device, eager=latency or args.eager)
+    while step < steps:
+        if step % 20 == 0:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if time.time() > args.deadline and step:
+                save()
+                return "stopped"
+            if time.time() - saved > args.save_every:
+                save()
+                saved = time.time()
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            shuffle = torch.Generator().manual_seed(7919 * job["seed"] + epoch + 1)
+            order.copy_(torch.randperm(len(images), generator=shuffle)[: len(order)])
+        advance()
+        if step >= steps - 20:
+            ratios.append(ratio.clone())
         step += 1
+    seconds = spent + time.time() - began
     result = evaluate(model, data["test"], data["test_labels"])
-    last = ratios[-20:]
+    if is_dynamic:
+        test = normalise(data["test"])
+        result["shuffled_top1"] = shuffled(model, test, data["test_labels"])["top1"]
     result.update(
         job=job,
         steps=steps,
         batch_size=batch,
-        seconds=round(spent + time.time() - began, 1),
-        loss=loss.item(),
-        train_flops_ratio=torch.stack(last).mean().item() if last else 1.0,
+        seconds=round(seconds, 1),
+        loss=last_loss.item(),
+        train_flops_ratio=torch.stack(ratios).mean().item(),
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
         native_ops=args.native,
     )
@@ -381,7 +468,9 @@ def _worker(number: int, todo, done, args: argparse.Namespace) -> None:
         return
     arrays = {path.stem: np.load(path) for path in (args.work_dir / "arrays").glob("*.npy")}
     data = {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in arrays.items()}
-    data["padded"] = F.pad(data.pop("train").permute(0, 3, 1, 2), (4,) * 4).contiguous()
+    data["padded"] = F.pad(
+        data.pop("train").permute(0, 3, 1, 2).float(), (4,) * 4, mode="reflect"
+    ).byte()
     data["test"] = data["test"].permute(0, 3, 1, 2)
     while job is not None:
         began = time.time()
@@ -394,40 +483,44 @@ def _worker(number: int, todo, done, args: argparse.Namespace) -> None:
         job = todo.get()
 
 
-def bundle(work: Path, out: Path, order: list[str], files: int = 8, limit: int = 15 << 20) -> None:
-    """Write weights as float16 into tars of less than ``limit`` bytes, the first in order first."""
-    blobs = []
-    for name in order:
-        path = work / f"{name}.pth"
-        if path.exists():
+def bundle(work: Path, out: Path, order: list[str], limit: int, part: int = 15 << 20) -> None:
+    """Write results, and weights as float16 not written before, to parts of one tar.
+
+    At most ``limit`` bytes of weights, the first in order first; join the parts with ``cat``.
+    """
+    told = work / "bundled.json"
+    before = set(json.loads(told.read_text())) if told.exists() else set()
+    stream = io.BytesIO()
+    taken, total = [], 0
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+
+        def add(name: str, blob: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+
+        for name in order:
+            if (work / f"{name}.json").exists():
+                add(f"{name}.json", (work / f"{name}.json").read_bytes())
+        for name in order:
+            path = work / f"{name}.pth"
+            if name in before or not path.exists() or "-s1" in name or "-s2" in name:
+                continue
             weights = torch.load(path, weights_only=True)
             half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-            stream = io.BytesIO()
-            torch.save(half, stream)
-            blobs.append((f"{name}.pth", stream.getvalue()))
-    for name in order:
-        path = work / f"{name}.json"
-        if path.exists():
-            blobs.insert(0, (path.name, path.read_bytes()))
+            blob = io.BytesIO()
+            torch.save(half, blob)
+            total += len(blob.getvalue())
+            if total > limit:
+                break
+            add(path.name, blob.getvalue())
+            taken.append(name)
     out.mkdir(parents=True, exist_ok=True)
-    groups: list[list] = [[]]
-    total = 0
-    for name, blob in blobs:
-        total += len(blob)
-        if total > 62 << 20:
-            break
-        if sum(len(b) for _, b in groups[-1]) + len(blob) > limit:
-            groups.append([])
-        groups[-1].append((name, blob))
-    for i, group in enumerate(groups[:files]):
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode="w") as tar:
-            for name, blob in group:
-                info = tarfile.TarInfo(name)
-                info.size = len(blob)
-                tar.addfile(info, io.BytesIO(blob))
-        blob = stream.getvalue()
-        write_atomically(out / f"weights{i}.tar", lambda part, b=blob: part.write_bytes(b))
+    data = stream.getvalue()
+    for i in range(0, len(data), part):
+        piece = data[i : i + part]
+        write_atomically(out / f"weights.tar.{i // part}", lambda p, b=piece: p.write_bytes(b))
+    write_atomically(told, lambda p: p.write_text(json.dumps(sorted(before | set(taken)))))
 
 
 def main() -> None:
@@ -435,20 +528,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pack", type=Path, help="only pack the folder --data into this file")
     parser.add_argument("--work-dir", type=Path, default=Path("work"))
-    parser.add_argument("--out", type=Path, help="folder for the bundles")
+    parser.add_argument("--out", type=Path, help="folder for a bundle of results and weights")
+    parser.add_argument("--limit", type=int, default=58 << 20, help="bytes of weights in it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--decoders", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600, help="from --start to the end")
     parser.add_argument("--start", type=float, default=time.time(), help="seconds since 1970")
     parser.add_argument("--save-every", type=float, default=60)
     parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--scratch", type=float, default=16, help="epochs of the static networks")
-    parser.add_argument("--tune", type=float, default=8, help="epochs of the others")
-    parser.add_argument("--fit", type=float, help="networks to tune: shortens or extends --tune")
+    parser.add_argument("--scratch", type=float, default=30, help="epochs of the static networks")
+    parser.add_argument("--tune", type=float, default=10, help="epochs of the others")
     parser.add_argument("--lr", type=float, default=0.6)
     parser.add_argument("--tune-lr", type=float, default=0.2)
+    parser.add_argument("--latency-target", type=float, default=0.75)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--only", nargs="*", help="names of jobs")
     parser.add_argument("--subset", type=int, help="training images, for a trial")
     args = parser.parse_args()
@@ -476,20 +571,16 @@ def main() -> None:
     for name, array in arrays.items():
         np.save(args.work_dir / "arrays" / f"{name}.npy", array)
     print(f"{time.time() - args.start:.0f} s: {len(arrays['train'])} images decoded", flush=True)
-    plan = args.work_dir / "plan.json"
-    if plan.exists():
-        args.tune = json.loads(plan.read_text())["tune"]
     queue = jobs(args.scratch, args.tune)
     if args.only:
         queue = [job for job in queue if job["name"] in args.only]
     order = [job["name"] for job in queue]
     finished = {name for name in order if (args.work_dir / f"{name}.pth").exists()}
     waiting = [job for job in queue if job["name"] not in finished]
-    kept = [name for name in order if not name.endswith("-first")]
-    running, bundled = 0, time.time()
+    running = 0
     while waiting or running:
         for job in list(waiting):
-            needs = {job[k] for k in ("init", "init_after", "teacher") if k in job}
+            needs = {job[k] for k in ("init", "teacher") if k in job}
             if running < args.workers and needs <= finished and time.time() < args.deadline:
                 todo.put(job)
                 waiting.remove(job)
@@ -510,24 +601,13 @@ def main() -> None:
         running -= 1
         if found == "done":
             finished.add(name)
-            if name == "static" and args.fit and not plan.exists():
-                # As many epochs for everybody as lets --fit networks be trained in time.
-                left = args.deadline - time.time()
-                tune = min(8.0, max(3.0, round(left / seconds * args.scratch / 1.7 / args.fit, 1)))
-                plan.write_text(json.dumps(dict(tune=tune, seconds=seconds)))
-                for job in waiting:
-                    job["epochs"] = tune if "teacher" in job else args.scratch
-                print(f"{seconds:.1f} s for static, so {tune} epochs for the others", flush=True)
             told = json.loads((args.work_dir / f"{name}.json").read_text())
             found = f"top-1 {told['top1']:.2f} FLOPs {told['flops_ratio']:.3f}"
         print(f"{time.time() - args.start:.0f} s: {name} {found} ({seconds:.0f} s)", flush=True)
-        if args.out and time.time() - bundled > 15:
-            bundle(args.work_dir, args.out, kept)
-            bundled = time.time()
-    if args.out:
-        bundle(args.work_dir, args.out, kept)
     for worker in workers:
         worker.terminate()
+    if args.out:
+        bundle(args.work_dir, args.out, order, args.limit)
     print(
         f"{time.time() - args.start:.0f} s: end, {len(finished)} of {len(order)} done", flush=True
     )
