@@ -17,10 +17,18 @@ from PIL import Image
 from conftest import load_tool
 from las_mm import drawn_masks as masks
 from las_mm import preflight
-from las_mm.benchmark import contest, cuda_engines, engines, report, static_engines
+from las_mm.benchmark import (
+    contest,
+    cuda_engines,
+    engines,
+    report,
+    static_engines,
+    whole_model,
+)
 from las_mm.benchmark.contest import Contestant
 from las_mm.benchmark.subject import fold_batchnorm, load_candidate, randomize
 from las_mm.cli import benchmark as command
+from las_mm.errors import UserError
 from las_mm.models import LASResNet, collect_activations
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,6 +286,33 @@ def test_result_and_sweep(benchmark, tmp_path):
     assert result["whole_model"]["latency_ratio"] > 0
     assert "random" in result["whole_model"]["note"]
     assert plot.stat().st_size > 0
+
+
+def test_both_forms_of_the_whole_model_continue_with_the_same_features(config):
+    candidate = load_candidate(str(config))
+    x = torch.randn(1, 3, 64, 64)
+    twin = candidate.backbone.__class__(depth=50, base_channels=8, stem_channels=8).eval()
+    seen: list[list[torch.Tensor]] = []
+    candidate.model.neck.register_forward_pre_hook(lambda neck, args: seen.append(args[0]))
+    calls: list[str] = []
+    twin.register_forward_hook(lambda *_: calls.append("static"))
+    candidate.backbone.register_forward_hook(lambda *_: calls.append("dynamic"))
+    arguments = candidate.model, candidate.path, twin, x, lambda: None, "tensor"
+    pair = whole_model.build_whole(*arguments)
+    calls.clear()
+    for contestant in pair:
+        contestant.prepare()
+        contestant.run()
+    assert calls == ["static", "dynamic"]  # each does its own work
+    assert len(seen) == 2 and all(a is b for a, b in zip(*seen))
+
+    def spoil(neck, args):
+        args[0][0].add_(1)
+
+    candidate.model.neck.register_forward_pre_hook(spoil)
+    pair[0].run()
+    with pytest.raises(UserError, match="writes to its backbone's feature maps"):
+        pair[1].prepare()
 
 
 def test_layer_mode_and_bf16(benchmark):

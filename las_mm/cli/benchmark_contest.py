@@ -84,7 +84,10 @@ def time_whole(args: argparse.Namespace, candidate: Candidate, subject, rows, se
     ratio = dynamic.median / static.median
     times = dict(static=report.times(static), dynamic=report.times(dynamic), latency_ratio=ratio)
     if not args.checkpoint:
-        times["note"] = "random weights: the heads' time depends on random boxes; use --checkpoint"
+        times["note"] = (
+            "random weights: both forms get the same boxes, as many as the heads take, and no "
+            "post-processing; use --checkpoint for those of your images"
+        )
     return times
 
 
