@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Union
 
 import filelock
 import torch
@@ -26,6 +27,7 @@ from mmengine.logging import print_log
 from las_mm.fileio import cache_folder, write_atomically
 from las_mm.machine import machine
 from las_mm.memory import release_freed
+from las_mm.models.conv_forms import ConvKind
 from las_mm.models.timing import RATES, BlockKind, Timing, measure
 
 PINNED = "LAS_MM_PLAN"
@@ -34,6 +36,7 @@ _MOST_MACS = 1.5e9  # of one dense run; per position, larger maps behave like th
 _FEWEST_MACS = 5e6  # below, the forms differ by less than the noise of a measurement
 _WINOGRAD_COST = 1.15  # until measured: transforms and smaller products
 _PATIENCE_S = 60.0  # with another process that measures
+Kind = Union[BlockKind, ConvKind]
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def map_side(positions: int, macs: int) -> int:
     return min((side for side in _SIDES if side <= most), key=lambda s: abs(math.log(s / wanted)))
 
 
-def choose(kind: BlockKind, timing: Timing) -> Choice:
+def choose(kind: Kind, timing: Timing) -> Choice:
     """The fastest forms according to ``timing``."""
     winograd = timing.winograd is not None and sum(timing.winograd) < sum(timing.direct)
     cost = _WINOGRAD_COST
@@ -103,12 +106,12 @@ class Plan:
     def __init__(self, path: Path | None, pinned: bool = False) -> None:
         self.path = path
         self.pinned = pinned
-        self._choices: dict[BlockKind, Choice] = {}
+        self._choices: dict[Kind, Choice] = {}
         self._timings: dict[str, Timing] | None = None
         self._said: set[str] = set()
         self._lock = threading.Lock()
 
-    def lookup(self, kind: BlockKind, device_type: str = "cpu") -> Choice:
+    def lookup(self, kind: Kind, device_type: str = "cpu") -> Choice:
         """The choice for ``kind``; measures it if this machine has not met it before.
 
         Only a CPU is measured: elsewhere sparse execution has no alternatives, and timing it would
@@ -128,7 +131,7 @@ class Plan:
         with self._lock, torch.inference_mode():
             return self._choices.setdefault(kind, self._decide(kind))
 
-    def _decide(self, kind: BlockKind) -> Choice:
+    def _decide(self, kind: Kind) -> Choice:
         default = Choice(winograd=kind.tiled)
         if self._timings is None:
             self._timings = self._read_pinned() if self.pinned else self._read()
@@ -148,7 +151,7 @@ class Plan:
             timing = self._measure(kind)
         return default if timing is None else choose(kind, timing)
 
-    def _measure(self, kind: BlockKind) -> Timing | None:
+    def _measure(self, kind: Kind) -> Timing | None:
         """The timing of a kind that is not known yet; ``None`` if another process hogs the file."""
         assert self._timings is not None
         try:

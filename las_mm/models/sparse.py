@@ -67,13 +67,16 @@ def wanted(x: Tensor) -> bool:
     )
 
 
-def prepare(model: nn.Module) -> nn.Module:
+def prepare(model: nn.Module, surroundings: bool = True) -> nn.Module:
     """Fold and pack all dynamic backbones inside ``model`` now, not in the first forward pass.
 
-    Needed before ``torch.compile`` and ``torch.export``, optional otherwise.
+    Needed before ``torch.compile`` and ``torch.export``, optional otherwise. The convolutions
+    around the backbones, of necks and heads, get the same kernels, which they do not have without:
+    they compute what they did, faster.
 
     Args:
         model: A model (detector, classifier, backbone) in eval mode.
+        surroundings: ``False``: convolutions outside of dynamic backbones stay as they were built.
 
     Returns:
         ``model``.
@@ -94,4 +97,7 @@ def prepare(model: nn.Module) -> nn.Module:
             )
         with torch.no_grad():
             backbone.prepare()
+    from las_mm.models.surroundings import pack_surroundings
+
+    pack_surroundings(model, [backbone for _, backbone in backbones], surroundings)
     return model

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from las_mm import ops
 from las_mm.memory import Eviction
+from las_mm.models.conv_forms import ConvKind
 
 RATES = (0.25, 1.0)
 _ROUNDS = 6
@@ -77,6 +78,16 @@ class BlockKind:
             return self.dtype == "float32"
         plain = (self.strides[1], self.dilation, self.groups) == (1, 1, 1)
         return plain and self.dtype == "float32"
+
+    def small(self) -> BlockKind:
+        """A kind that the same code runs in microseconds."""
+        groups = min(self.groups, 2)
+        width = 64 if groups == 1 else 2 * self.width // self.groups
+        return replace(self, c_in=64, width=width, c_out=64, groups=groups, side=7)
+
+    def forms(self) -> _Forms:
+        """What is timed of it."""
+        return _Forms(self)
 
 
 @dataclass(frozen=True)
@@ -183,20 +194,13 @@ class _Forms:
         self._x.copy_(self._source)
 
 
-def _small(kind: BlockKind) -> BlockKind:
-    """A kind that the same code runs in microseconds."""
-    groups = min(kind.groups, 2)
-    width = 64 if groups == 1 else 2 * kind.width // kind.groups
-    return replace(kind, c_in=64, width=width, c_out=64, groups=groups, side=7)
-
-
-def measure(kind: BlockKind) -> Timing:
+def measure(kind: BlockKind | ConvKind) -> Timing:
     """Time the forms of ``kind`` with cold weights, a warm input and warm code.
 
     So they are inside a network: between two images it streams its other weights through the
     caches, the block before has just written the input, and all blocks share the code.
     """
-    forms, small, evict = _Forms(kind), _Forms(_small(kind)), Eviction()
+    forms, small, evict = kind.forms(), kind.small().forms(), Eviction()
     seconds: list[list[float]] = [[] for _ in forms.runs]
     for _ in range(_ROUNDS):  # in turns, so that all meet the same moods of the machine
         for record, run, warm in zip(seconds, forms.runs, small.runs):

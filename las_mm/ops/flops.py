@@ -227,6 +227,20 @@ def _conv1x1_scatter_add(
     return 2 * int(kept.sum()) * x.shape[1] * bias.numel()
 
 
+def _packed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    winograd: Tensor,
+    bias: Tensor,
+    kernel: int,
+    stride: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    outputs = x.shape[0] * ceil_div(x.shape[2], stride) * ceil_div(x.shape[3], stride)
+    return 2 * outputs * kernel**2 * x.shape[1] * bias.numel()
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_bottleneck": _bottleneck,
     "sparse_bottleneck_": _bottleneck,
@@ -240,6 +254,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "dense_transition_": _dense_transition,
     "spatial_mask": _spatial_mask,
     "patch_mask": _patch_mask,
+    "packed_conv2d": _packed_conv2d,
     "channel_mask": _channel_mask,
     "conv_pool_stem": _conv_pool_stem,
     "masker_conv1x1": _masker_conv1x1,

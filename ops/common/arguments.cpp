@@ -118,6 +118,23 @@ void check_conv3x3(const at::Tensor& x, const std::vector<at::Tensor>& weights,
   }
 }
 
+void check_packed_conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& winograd,
+                         const at::Tensor& bias, int64_t kernel, int64_t stride, int64_t dilation) {
+  check_map(x, "x");
+  TORCH_CHECK_VALUE(kernel == 1 || kernel == 3, "kernel must be 1 or 3, got ", kernel);
+  check_stride(stride, "stride");
+  check_positive(dilation, "dilation");
+  const int64_t c_out = bias.numel();
+  check_vector(bias, "bias", c_out, at::kFloat, x);
+  if (kernel == 3) {
+    check_conv3x3(x, {weight}, {winograd}, 0, x.size(1), c_out, stride == 1 && dilation == 1);
+  } else {
+    TORCH_CHECK_VALUE(winograd.numel() == 0, "winograd[0] must be empty for a 1x1 convolution");
+    check_packed(weight, "weights[0]", c_out, x.size(1), 1, 1, x);
+  }
+  check_positions(x.size(0) * x.size(2) * x.size(3), "x");
+}
+
 void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
                                const at::Tensor& mask, const at::Tensor& weight,
                                const at::Tensor& bias, int64_t granularity) {

@@ -45,6 +45,10 @@ void check_conv1x1_scatter_add(const at::Tensor& residual, const at::Tensor& x,
                                const at::Tensor& mask, const at::Tensor& weight,
                                const at::Tensor& bias, int64_t granularity);
 
+// `weight` may be empty where `winograd` is not.
+void check_packed_conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& winograd,
+                         const at::Tensor& bias, int64_t kernel, int64_t stride, int64_t dilation);
+
 void check_dense_transition(const at::Tensor& out, const at::Tensor& buffer,
                             const at::Tensor& weight, const std::vector<at::Tensor>& vectors);
 
