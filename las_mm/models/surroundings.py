@@ -7,6 +7,8 @@ names and ``state_dict``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mmcv.cnn
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from las_mm import compat, ops
 from las_mm.bounded import Recent
 from las_mm.models import plan, sparse
 from las_mm.models.conv_forms import ConvKind
-from las_mm.models.coverage import is_channels_last
+from las_mm.models.coverage import is_channels_last, shadowed
 from las_mm.models.plan import map_side
 from las_mm.models.snapshot import Snapshot
 
@@ -137,10 +139,89 @@ def has_form(conv: nn.Conv2d) -> bool:
     )
 
 
+# Memory format -----------------------------------------------------------------------------------
+
+# In detectors of these parts alone maps may be channels_last, which is what the kernels read and
+# write: nothing looks at a map's memory but mmcv's RoIAlign, which takes it for NCHW on a CPU.
+_KNOWN_PARTS = {
+    "mmcv.cnn.bricks.conv_module.ConvModule",
+    "mmcv.cnn.bricks.wrappers.Conv2d",
+    "mmcv.cnn.bricks.wrappers.ConvTranspose2d",
+    "mmcv.ops.roi_align.RoIAlign",
+    "mmdet.models.data_preprocessors.data_preprocessor.DetDataPreprocessor",
+    "mmdet.models.dense_heads.retina_head.RetinaHead",
+    "mmdet.models.dense_heads.rpn_head.RPNHead",
+    "mmdet.models.detectors.faster_rcnn.FasterRCNN",
+    "mmdet.models.detectors.mask_rcnn.MaskRCNN",
+    "mmdet.models.detectors.retinanet.RetinaNet",
+    "mmdet.models.losses.cross_entropy_loss.CrossEntropyLoss",
+    "mmdet.models.losses.focal_loss.FocalLoss",
+    "mmdet.models.losses.smooth_l1_loss.L1Loss",
+    "mmdet.models.losses.smooth_l1_loss.SmoothL1Loss",
+    "mmdet.models.necks.fpn.FPN",
+    "mmdet.models.roi_heads.bbox_heads.convfc_bbox_head.Shared2FCBBoxHead",
+    "mmdet.models.roi_heads.mask_heads.fcn_mask_head.FCNMaskHead",
+    "mmdet.models.roi_heads.roi_extractors.single_level_roi_extractor.SingleRoIExtractor",
+    "mmdet.models.roi_heads.standard_roi_head.StandardRoIHead",
+    "mmengine.model.base_module.ModuleList",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.container.ModuleList",
+    "torch.nn.modules.conv.Conv2d",
+    "torch.nn.modules.linear.Linear",
+}
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _to_channels_last(module: nn.Module, args: tuple) -> tuple | None:
+    """Before the backbone, whose maps get the format of its input."""
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() != 4:
+        return None
+    if not sparse.wanted(args[0]):
+        return None
+    return args[0].contiguous(memory_format=torch.channels_last), *args[1:]
+
+
+def _to_nchw(module: nn.Module, args: tuple) -> tuple | None:
+    """Before RoIAlign."""
+    if not args or not isinstance(args[0], Tensor) or torch.is_grad_enabled():
+        return None
+    return args[0].contiguous(), *args[1:]
+
+
+def _set_hook(module: nn.Module, hook: Callable, wanted: bool) -> None:
+    hooks = module._forward_pre_hooks
+    present = [key for key, value in hooks.items() if value is hook]
+    if wanted and not present:
+        module.register_forward_pre_hook(hook)
+    elif not wanted:
+        for key in present:
+            del hooks[key]
+
+
+def _set_format(model: nn.Module, backbones: list[nn.Module], inside: set, wanted: bool) -> None:
+    """Let maps be channels_last where all that reads them is known, or no longer."""
+    around = [module for module in model.modules() if module not in inside]
+    plain = {packed: kind for kind, packed in _PACKED.items()}
+    wanted = wanted and len(backbones) == 1
+    wanted = wanted and type(model).__module__.startswith("mmdet.")
+    wanted = wanted and all(
+        _name(plain.get(type(m), type(m))) in _KNOWN_PARTS and shadowed(m) is None for m in around
+    )
+    for backbone in backbones:
+        _set_hook(backbone, _to_channels_last, wanted)
+    for module in around:
+        if _name(type(module)) == "mmcv.ops.roi_align.RoIAlign":
+            _set_hook(module, _to_nchw, wanted)
+
+
 def pack_surroundings(model: nn.Module, backbones: list[nn.Module], wanted: bool) -> int:
     """Let the convolutions of ``model`` outside of ``backbones`` run packed, or no longer.
 
-    Only those of exactly torch's or mmcv's class are taken, each for an own subclass of it.
+    Only those of exactly torch's or mmcv's class are taken, each for an own subclass of it. In
+    detectors all of whose parts are known, maps are channels_last from the image to RoIAlign.
 
     Returns:
         How many have a packed form.
@@ -151,4 +232,5 @@ def pack_surroundings(model: nn.Module, backbones: list[nn.Module], wanted: bool
         if module not in inside and type(module) in change and has_form(module):
             module.__class__ = change[type(module)]
             module.__dict__.pop("_state", None)
+    _set_format(model, backbones, inside, wanted)
     return sum(type(module) in _PACKED.values() for module in model.modules())

@@ -42,7 +42,7 @@ from las_mm.ops.flops import register as _register_flops
 from las_mm.ops.library import load_native
 from las_mm.ops.maps import conv_pool_stem, to_nchw
 from las_mm.ops.masks import LAYER, dilate_mask, spatial_mask, supports
-from las_mm.ops.packed_conv2d import ConvPack, pack_conv2d, packed_conv2d
+from las_mm.ops.packed_convolution import ConvPack, pack_conv2d, packed_conv2d
 from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
 
 __all__ = [

@@ -29,6 +29,7 @@ from las_mm.ops import (
     dense_transition,
     maps,
     masks,
+    packed_convolution,
     packing,
 )
 
@@ -57,6 +58,7 @@ REFERENCES = {
     "conv_pool_stem": maps._conv_pool_stem_reference,
     "spatial_mask": masks._spatial_mask_reference,
     "patch_mask": lambda *arguments: masks._spatial_mask_reference(*arguments)[0],
+    "packed_conv2d": packed_convolution._reference,
     "pack_conv": packing._pack_conv_reference,
 }
 

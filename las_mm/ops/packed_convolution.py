@@ -57,7 +57,9 @@ def pack_conv2d(
         ValueError: A wrong shape or dtype.
     """
     if kernel.dim() != 4 or kernel.shape[2] != kernel.shape[3] or kernel.shape[2] not in (1, 3):
-        raise ValueError(f"kernel must have shape (O, I, 1, 1) or (O, I, 3, 3), got {kernel.shape}")
+        raise ValueError(
+            f"kernel must have shape (O, I, 1, 1) or (O, I, 3, 3), got {list(kernel.shape)}"
+        )
     side = kernel.shape[2]
     empty = kernel.new_empty(0)
     tiled = winograd and kernel.dtype == torch.float32 and side == 3 and stride == dilation == 1
