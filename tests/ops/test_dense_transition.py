@@ -112,6 +112,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.las_mm.dense_transition_.default, tuple(values))
 
 
+@needs.FLOPS
 def test_flops_are_those_after_the_mean():
     values, *_ = draw(*ONE)
     with FlopCounterMode(display=False) as counter:

@@ -70,11 +70,16 @@ class SparseBlock:
     def _choose(self, block: nn.Module, x: Tensor) -> Choice:
         raise NotImplementedError
 
-    def _positions(self, block: nn.Module, x: Tensor) -> tuple[Tensor | None, int, Record]:
-        """Decisions about positions, S, and what is known of the block's activation by them."""
+    def _positions(self, block: nn.Module, x: Tensor) -> tuple[Tensor | None, int, Record | None]:
+        """Decisions about positions, S, and what is known of the block's activation by them.
+
+        The last is ``None`` where nothing may be left in the block: older versions of torch.compile
+        could not even make it.
+        """
         granularity = block.granularity if block.mode in ("spatial", "both") else ops.LAYER
+        records = not compat.is_exporting()
         if self.masker is None:
-            return None, granularity, Activation(self.one)
+            return None, granularity, Activation(self.one) if records else None
         masker, weight, bias = self.masker
         axes = (LAYER,) if block.mode == "layer" else (POSITION, DILATED)
         offset = masker.offset
@@ -89,10 +94,12 @@ class SparseBlock:
             geometry = (tuple(x.shape[2:]), granularity, self.strides, self.dilation)
             return mask, granularity, partial(_spatial_activation, self.one, mask, axes, *geometry)
         mask, found = ops.spatial_mask(x, *arguments)
+        if not records:
+            return mask, granularity, None
         known = Activation(self.one, dict(zip(axes, found.unbind())), {axes[0]: mask})
         return mask, granularity, known
 
-    def _channels(self, block: nn.Module, x: Tensor, known: Record) -> Tensor:
+    def _channels(self, block: nn.Module, x: Tensor, known: Record | None) -> Tensor:
         """Decisions about channels, (N, groups) bool; leaves ``block.activation``."""
         assert self.masker_channel is not None
         if self.channel_layers is None:
@@ -100,7 +107,7 @@ class SparseBlock:
         else:
             offset = self.masker_channel.offset_for((len(x), self.masker_channel.groups))
             groups = ops.channel_mask(x, *self.channel_layers, offset)
-        if not compat.is_exporting():
+        if known is not None:
             record = partial(
                 _channel_activation,
                 known,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from las_mm import compat, ops
+from las_mm import ops
 from las_mm.models import plan
 from las_mm.models.coverage import Unsupported, is_channels_last
 from las_mm.models.executors.base import SparseBlock, layers_of
@@ -125,12 +125,15 @@ class SparseBasicBlock(SparseBlock):
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
         choice = self.plan(block, x)
         biases = [block.checked(self.pack.biases[0], x), *self.pack.biases[1:]]
-        pack = self.pack._replace(
-            biases=biases,
-            winograd=self.pack.winograd if choice.winograd else (),
-            dense=self.pack.dense if choice.dense_above < 1 else (),
-            winograd_cost=choice.winograd_cost,
-            dense_above=choice.dense_above,
+        pack = ops.BasicPack(  # not _replace, which torch.compile of torch 2.1 cannot read
+            self.pack.weights,
+            biases,
+            self.pack.winograd if choice.winograd else (),
+            self.pack.dense if choice.dense_above < 1 else (),
+            self.pack.stride,
+            self.pack.dilation,
+            choice.winograd_cost,
+            choice.dense_above,
         )
         mask, granularity, known = self._positions(block, x)
         in_place = in_place and len(pack.weights) == 2
@@ -141,7 +144,7 @@ class SparseBasicBlock(SparseBlock):
             if in_place:
                 return ops.channel_basic_(x, groups, mask, pack, size, self.constant)
             return ops.channel_basic(x, groups, mask, pack, size, shortcut, self.constant)
-        if not compat.is_exporting():
+        if known is not None:
             block.activation = known
         if in_place:
             return ops.sparse_basic_(x, mask, pack, granularity)

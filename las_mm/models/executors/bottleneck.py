@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from las_mm import compat, memory, ops
+from las_mm import memory, ops
 from las_mm.models import plan
 from las_mm.models.coverage import (
     Unsupported,
@@ -161,7 +161,7 @@ class SparseBottleneck(SparseBlock):
             groups = self._channels(block, x, known)
             tensors = (mask, groups, self.weights, biases, self.constants, winograd)
             return self._skip_channels(x, tensors, 1 if mask is None else granularity, in_place)
-        if not compat.is_exporting():
+        if known is not None:
             block.activation = known
         cost, above = choice.winograd_cost, choice.dense_above
         dense = self.dense if above < 1 else None

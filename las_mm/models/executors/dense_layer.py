@@ -8,7 +8,7 @@ import torch
 from mmpretrain.models.backbones.densenet import DenseTransition
 from torch import Tensor, nn
 
-from las_mm import compat, ops
+from las_mm import ops
 from las_mm.models.coverage import (
     Unsupported,
     check_children,
@@ -89,9 +89,13 @@ class SparseDenseLayer(SparseBlock):
         self.plan(layer, x)
         vectors = [layer.checked(self.pack.vectors[0], x), *self.pack.vectors[1:]]
         mask, granularity, known = self._positions(layer, x)
-        if not compat.is_exporting():
+        if known is not None:
             layer.activation = known
-        ops.sparse_dense_layer_(buffer, mask, self.pack._replace(vectors=vectors), granularity)
+        # Not _replace, which torch.compile of torch 2.1 cannot read.
+        pack = ops.DenseLayerPack(
+            self.pack.weights, vectors, self.pack.winograd, self.pack.winograd_cost
+        )
+        ops.sparse_dense_layer_(buffer, mask, pack, granularity)
 
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """What the layer makes of ``x``; leaves ``block.activation``."""
