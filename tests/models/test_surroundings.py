@@ -239,9 +239,6 @@ def detector():
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = MODELS.build(config).eval()
-    for module in model.modules():  # mmdet's own leave heads nearly silent
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
     return model
 
 
