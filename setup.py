@@ -18,6 +18,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DESCRIPTION = "Latency-aware spatially dynamic networks (LASNet, LAUDNet) for OpenMMLab projects"
@@ -128,8 +129,25 @@ def native_extension():
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
+class BuildPy(build_py):
+    """Puts configs and tools into the package where OpenMMLab's `mim` looks for them."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # the checkout has them
+            return
+        mim = Path(self.build_lib) / "las_mm" / ".mim"
+        shutil.rmtree(mim, ignore_errors=True)
+        for folder in ("configs", "tools"):
+            leave = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(ROOT / folder, mim / folder, ignore=leave)
+        shutil.copy2(ROOT / "model-index.yml", mim)
+
+
 def main():
     readme = ROOT / "README.md"
+    native = native_extension()
+    commands = {"build_py": BuildPy, **native.pop("cmdclass", {})}
     setup(
         name="las_mm",
         version=read_version(),
@@ -137,8 +155,13 @@ def main():
         long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
         long_description_content_type="text/markdown",
         license="Apache-2.0",
+        author="The las_mm authors",
+        keywords="dynamic networks, efficient inference, OpenMMLab, LASNet, LAUDNet",
         python_requires=">=3.10",
         classifiers=[
+            "Development Status :: 4 - Beta",
+            "Intended Audience :: Developers",
+            "Intended Audience :: Science/Research",
             "Operating System :: POSIX :: Linux",
             "Programming Language :: Python :: 3",
             *(f"Programming Language :: Python :: {version}" for version in PYTHONS),
@@ -165,7 +188,8 @@ def main():
             ],
         },
         zip_safe=False,
-        **native_extension(),
+        cmdclass=commands,
+        **native,
     )
 
 
