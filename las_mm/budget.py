@@ -60,7 +60,7 @@ def set_budget(
             images.
         RuntimeError: The model is in training mode.
 
-    Example:
+    Examples:
         >>> from las_mm.models import LASResNet
         >>> network = LASResNet(50, base_channels=16).eval()
         >>> round(set_budget(network, 0.8, torch.randn(4, 3, 64, 64)).flops_ratio, 1)

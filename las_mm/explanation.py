@@ -164,7 +164,7 @@ def explain(
         ValueError: No dynamic backbone, or several that could be meant, an image of another shape,
             or no native kernels.
 
-    Example:
+    Examples:
         >>> las_mm.explain(model.backbone, torch.rand(3, 800, 1344))  # doctest: +SKIP
     """
     backbone = find_dynamic_backbone(model, module)

@@ -54,7 +54,7 @@ class BudgetLoss(nn.Module):
     Raises:
         ValueError: A value outside its range, or an unknown device.
 
-    Example:
+    Examples:
         >>> loss = dict(type='las_mm.BudgetLoss', target=0.6, metric='latency', device='tx2')
     """
 

@@ -29,7 +29,7 @@ class ActivationMetric(BaseMetric):
     Args:
         kwargs: Arguments of ``BaseMetric``. ``prefix`` defaults to ``'las_mm'``.
 
-    Example:
+    Examples:
         >>> val_evaluator = [dict(type='Accuracy'), dict(type='las_mm.ActivationMetric')]
         >>> custom_hooks = [dict(type='las_mm.PredictedLatencyHook', device='v100')]
     """

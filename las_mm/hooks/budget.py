@@ -36,7 +36,7 @@ class BudgetHook(Hook):
         RuntimeError: In training, if the rates carry no gradient: see
             :func:`~las_mm.models.finding.require_gradients`.
 
-    Example:
+    Examples:
         >>> custom_hooks = [
         ...     dict(type='las_mm.BudgetHook', loss=dict(type='las_mm.BudgetLoss', target=0.4))]
     """

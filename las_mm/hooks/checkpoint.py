@@ -38,7 +38,7 @@ class AtomicCheckpointHook(CheckpointHook):
     Args:
         args, kwargs: As for the parent; ``backend_args`` cannot be given.
 
-    Example:
+    Examples:
         >>> default_hooks = dict(
         ...     checkpoint=dict(type='las_mm.AtomicCheckpointHook', interval=1, max_keep_ckpts=2))
     """

@@ -48,7 +48,7 @@ class PredictedLatencyHook(Hook):
         ValueError: Unknown device or setting, or ``batch_size`` or ``interval`` that is no
             positive integer.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='las_mm.PredictedLatencyHook', device='tx2', batch_size=1)]
     """
 

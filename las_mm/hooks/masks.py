@@ -45,7 +45,7 @@ class MaskVisualizationHook(Hook):
         ValueError: An argument is out of range; the message names it.
         MissingDependencyError: There is no matplotlib (``pip install 'las_mm[demo]'``).
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='las_mm.MaskVisualizationHook', max_images=20)]
     """
 

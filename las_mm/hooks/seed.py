@@ -27,7 +27,7 @@ class IterationSeedHook(Hook):
         seed: Base seed. Defaults to the runner's (``randomness=dict(seed=...)``, else drawn at
             random and kept in the checkpoint).
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='las_mm.IterationSeedHook')]
     """
 

@@ -34,7 +34,7 @@ class TemperatureHook(Hook):
         ValueError: A temperature <= 0, an unknown schedule, or a ``noise_fade`` that is not
             0 <= begin < end <= 1. At the start of training: no dynamic backbone, or not that.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='las_mm.TemperatureHook', start=0.1, schedule='constant')]
     """
 

@@ -60,7 +60,7 @@ def predict(
         TypeError: ``source`` is nothing of the kind.
         las_mm.preflight.UserError: The config cannot be read or its model not be built.
 
-    Example:
+    Examples:
         >>> from las_mm.latency import predict, resnet_shape
         >>> report = predict(resnet_shape(101), "v100", (128, 3, 224, 224), rates=0.5)
         >>> [stage.name for stage in report.children]

@@ -50,7 +50,7 @@ class LASDenseNet(DynamicBackbone, DenseNet):
         ValueError: Wrong arch, mode, granularity, ...; the message names the value.
         TypeError: An unknown argument; the message names close ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from las_mm.models import LASDenseNet, collect_activations
         >>> backbone = LASDenseNet("121", out_indices=(0, 1, 2, 3))

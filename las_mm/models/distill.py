@@ -44,7 +44,7 @@ class DistilledClassifier(ImageClassifier):
     Raises:
         ValueError: A weight < 0 or temperature <= 0, or a checkpoint of another network.
 
-    Example:
+    Examples:
         >>> model = dict(
         ...     type='las_mm.DistilledClassifier',
         ...     backbone=dict(type='las_mm.LASResNet', depth=50, mode='channel'),

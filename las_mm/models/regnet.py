@@ -83,7 +83,7 @@ class LASRegNet(DynamicBackbone, RegNet):
         ValueError: Wrong arch, mode, granularity, se_pool, ...; the message names the value.
         TypeError: An unknown argument; the message names close ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from las_mm.models import LASRegNet, collect_activations
         >>> backbone = LASRegNet("regnety_400mf", out_indices=(0, 1, 2, 3))

@@ -60,7 +60,7 @@ class LASResNet(DynamicBackbone, ResNet):
         ValueError: Wrong depth, mode, granularity, ...; the message names the value.
         TypeError: An unknown argument; the message names close ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from las_mm.models import LASResNet, collect_activations
         >>> backbone = LASResNet(50, granularity=(4, 4, 2, 1), out_indices=(0, 1, 2, 3))

@@ -23,7 +23,7 @@ class ReleasedNetwork(nn.Module):
         backbone: Config of a dynamic backbone.
         classes: Outputs of the classifier.
 
-    Example:
+    Examples:
         >>> from las_mm.models import released
         >>> net = released.load("checkpoint.pth", spec)  # doctest: +SKIP
         >>> logits, features = net(images)  # doctest: +SKIP
