@@ -26,8 +26,8 @@ from las_mm.models.plan import Choice
 from las_mm.network.transformer import AXES
 
 Masks = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
-# Copying the weights of kept heads pays where at most this share of them is kept.
-_COPY_BELOW = 0.8
+# Above this share of kept heads one product for all of them is the faster one.
+_FEW = 0.8
 
 
 def record(masks: Masks, empty: Activation) -> Activation:
@@ -126,8 +126,7 @@ class SparseTransformerLayer(SparseBlock):
     ) -> Tensor:
         """Attention, with its projection, of normalised tokens (total, C)."""
         attn, number = block.attn, block.num_heads
-        few = heads is not None and all(len(own) <= _COPY_BELOW * number for own in heads)
-        if heads is not None and few:
+        if heads is not None and sum(map(len, heads)) <= _FEW * number * len(heads):
             return torch.cat(
                 [self._attend_few(block, x[start:end], heads[i]) for i, start, end in rows.images()]
             )
@@ -147,17 +146,24 @@ class SparseTransformerLayer(SparseBlock):
         return attn.proj(mixed.flatten(1))
 
     def _attend_few(self, block: nn.Module, x: Tensor, heads: list[int]) -> Tensor:
-        """The same for one image with ``heads``, by their weights."""
+        """The same for one image with ``heads``, whose parts of the weights are not copied."""
         qkv, proj = block.attn.qkv, block.attn.proj
-        dim, number = proj.weight.shape[1], block.num_heads
-        if not heads:
-            return x.new_zeros(x.shape) if proj.bias is None else proj.bias.expand(x.shape)
-        weight = qkv.weight.view(3, number, -1, dim)[:, heads].reshape(-1, dim)
-        bias = None if qkv.bias is None else qkv.bias.view(3, number, -1)[:, heads].flatten()
-        parts = F.linear(x, weight, bias).view(1, len(x), 3, len(heads), -1)
-        mixed = self._softmax(parts)[0].flatten(1)
-        columns = proj.weight.view(len(proj.weight), number, -1)[:, heads].flatten(1)
-        return F.linear(mixed, columns, proj.bias)
+        size = proj.in_features // block.num_heads
+        inner = len(heads) * size
+        parts = x.new_empty(len(x), 3, inner)
+        at = 0
+        for start, end in _runs(heads, size):
+            for i in range(3):
+                rows = slice(i * proj.in_features + start, i * proj.in_features + end)
+                out = parts[:, i, at : at + end - start]
+                torch.mm(x, qkv.weight[rows].T, out=out)
+                if qkv.bias is not None:
+                    out += qkv.bias[rows]
+            at += end - start
+        mixed = parts
+        if heads:
+            mixed = self._softmax(parts.view(1, len(x), 3, len(heads), size))[0].flatten(1)
+        return _columns(mixed, proj, _runs(heads, size))
 
     def _softmax(self, qkv: Tensor) -> Tensor:
         """(N, L, 3, heads, D) -> (N, L, heads, D)."""
@@ -267,10 +273,35 @@ def _mlp_few(
     """The MLP of one image, whose skipped heads close input or hidden channels."""
     if len(heads) == number:
         return second(act(first(x)))
-    size = (first.out_features if hidden else first.in_features) // number
-    kept = [c for head in heads for c in range(head * size, (head + 1) * size)]
-    if hidden:
-        bias = None if first.bias is None else first.bias[kept]
-        inside = act(F.linear(x, first.weight[kept], bias))
-        return F.linear(inside, second.weight[:, kept], second.bias)
-    return second(act(F.linear(x[:, kept], first.weight[:, kept], first.bias)))
+    runs = _runs(heads, (first.out_features if hidden else first.in_features) // number)
+    if not hidden:
+        kept = [x[:, start:end] for start, end in runs]
+        return second(act(_columns(torch.cat(kept, dim=1) if kept else x[:, :0], first, runs)))
+    inside = [
+        F.linear(x, first.weight[a:b], None if first.bias is None else first.bias[a:b])
+        for a, b in runs
+    ]
+    return _columns(act(torch.cat(inside, dim=1)) if inside else x[:, :0], second, runs)
+
+
+def _runs(heads: list[int], size: int) -> list[tuple[int, int]]:
+    """First channel and the one behind the last of heads that follow one another."""
+    runs: list[tuple[int, int]] = []
+    for head in heads:
+        start, end = head * size, (head + 1) * size
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((start, end))
+    return runs
+
+
+def _columns(x: Tensor, linear: nn.Linear, runs: list[tuple[int, int]]) -> Tensor:
+    """A linear layer of which only the input channels of ``runs`` are there, side by side."""
+    shape = (len(x), linear.out_features)
+    out = x.new_zeros(shape) if linear.bias is None else linear.bias.repeat(len(x), 1)
+    at = 0
+    for start, end in runs:
+        out.addmm_(x[:, at : at + end - start], linear.weight[:, start:end].T)
+        at += end - start
+    return out
