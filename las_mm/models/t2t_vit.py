@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -25,6 +26,11 @@ from las_mm.registry import MODELS
 
 _SCALES = ("published", "mmpretrain")
 _SIZES = ("embed_dims", "num_layers", "num_heads", "feedforward_channels")
+DEFAULT = "t2t-vit-19"
+ARCHS = {
+    "t2t-vit-14": dict(embed_dims=384, num_layers=14, num_heads=6),
+    "t2t-vit-19": dict(embed_dims=448, num_layers=19, num_heads=7),
+}
 
 
 @MODELS.register_module()
@@ -76,15 +82,12 @@ class LAUDT2TViT(DynamicBackbone, T2T_ViT):
     """
 
     static_forward = T2T_ViT.forward
-    arch_settings = {
-        "t2t-vit-14": dict(embed_dims=384, num_layers=14, num_heads=6),
-        "t2t-vit-19": dict(embed_dims=448, num_layers=19, num_heads=7),
-    }
+    arch_settings = ARCHS
     res_layers = ("encoder",)
 
     def __init__(
         self,
-        arch: str | Mapping = "t2t-vit-19",
+        arch: str | Mapping = DEFAULT,
         mode: str | Sequence[str] = "token+head+layer",
         static_layers: int = 1,
         head_in_mlp: str = "none",
@@ -93,7 +96,7 @@ class LAUDT2TViT(DynamicBackbone, T2T_ViT):
         runtime: str = "auto",
         **kwargs,
     ) -> None:
-        sizes = self._sizes(arch)
+        sizes = sizes_of(arch)
         require_bool("with_cp", with_cp)
         given, performer = static_backbone_arguments(sizes, static_arguments_of(type(self), kwargs))
         layers = given["num_layers"]
@@ -111,36 +114,18 @@ class LAUDT2TViT(DynamicBackbone, T2T_ViT):
             use_performer(self.tokens_to_token)
         cfgs = given["layer_cfgs"]
         for i, static in enumerate(self.encoder):
-            cfg = dict(
-                embed_dims=self.cls_token.shape[-1],
-                qkv_bias=False,
-                norm_cfg=given.get("norm_cfg", dict(type="LN")),
+            cfg = {
+                "embed_dims": given["embed_dims"],
+                "qkv_bias": False,
+                "norm_cfg": given.get("norm_cfg", dict(type="LN")),
                 **(cfgs[i] if isinstance(cfgs, Sequence) else cfgs),
-            )
+            }
             self.encoder[i] = as_dynamic(static, own[i], with_cp, cfg)
         self.attention_scale = attention_scale or _SCALES[not performer]
         if self.attention_scale == "published":
             divide_by_sqrt(self)
         self.runtime = runtime
         self._register_load_state_dict_pre_hook(convert_on_load)
-
-    @classmethod
-    def _sizes(cls, arch: object) -> dict:
-        """Sizes of ``arch``."""
-        if isinstance(arch, str) and arch.lower() in cls.arch_settings:
-            return dict(cls.arch_settings[arch.lower()])
-        sizes = dict(arch) if isinstance(arch, Mapping) else {}
-        needed = set(sizes) | {"feedforward_channels"} == set(_SIZES)
-        positive = all(type(size) is int and size > 0 for size in sizes.values())
-        if not needed or not positive:
-            raise ValueError(
-                f"arch of LAUDT2TViT must be one of {', '.join(cls.arch_settings)}, or a dict of "
-                "embed_dims, num_layers, num_heads and perhaps feedforward_channels, positive "
-                f"integers, got {arch!r}"
-            )
-        if sizes["embed_dims"] % sizes["num_heads"]:
-            raise ValueError(f"num_heads of arch must divide its embed_dims, got {arch!r}")
-        return sizes
 
     @property
     def architecture(self) -> str:
@@ -230,3 +215,43 @@ def static_backbone_arguments(sizes: Mapping, given: Mapping) -> tuple[dict, boo
     performer = t2t.pop("use_performer", True)
     require_bool("use_performer of t2t_cfg", performer)
     return {**given, **sizes, "t2t_cfg": t2t, "layer_cfgs": cfgs}, performer
+
+
+def sizes_of(arch: object) -> dict:
+    """Embedding, layers, heads and perhaps the MLP's width of ``arch``.
+
+    Raises:
+        ValueError: It is unknown, or a size is missing or no positive integer.
+    """
+    if isinstance(arch, str) and arch.lower() in ARCHS:
+        return dict(ARCHS[arch.lower()])
+    sizes = dict(arch) if isinstance(arch, Mapping) else {}
+    needed = set(sizes) | {"feedforward_channels"} == set(_SIZES)
+    positive = all(type(size) is int and size > 0 for size in sizes.values())
+    if not needed or not positive:
+        raise ValueError(
+            f"arch of LAUDT2TViT must be one of {', '.join(ARCHS)}, or a dict of "
+            "embed_dims, num_layers, num_heads and perhaps feedforward_channels, positive "
+            f"integers, got {arch!r}"
+        )
+    if sizes["embed_dims"] % sizes["num_heads"]:
+        raise ValueError(f"num_heads of arch must divide its embed_dims, got {arch!r}")
+    return sizes
+
+
+def plain_t2t(config: Mapping) -> T2T_ViT:
+    """The static network of mmpretrain with the parameter names of a ``LAUDT2TViT``.
+
+    Args:
+        config: What the latter is built from.
+    """
+    known = inspect.signature(T2T_ViT.__init__).parameters
+    own = {key: value for key, value in config.items() if key in known}
+    sizes = sizes_of(config.get("arch", DEFAULT))
+    given, performer = static_backbone_arguments(sizes, static_arguments_of(LAUDT2TViT, own))
+    network = T2T_ViT(**given)
+    if performer:
+        use_performer(network.tokens_to_token)
+    if (config.get("attention_scale") or _SCALES[not performer]) == "published":
+        divide_by_sqrt(network)
+    return network

@@ -12,11 +12,13 @@ from las_mm import compat
 from las_mm.models import sparse
 from las_mm.models.activation import Activation
 from las_mm.models.block import DynamicBlock
-from las_mm.models.coverage import register
+from las_mm.models.coverage import register, shadowed
 from las_mm.models.executors import transformer_layer as executors
 from las_mm.models.token_maskers import ClassTokenMasker, TokenMasker
 from las_mm.models.token_settings import TransformerSettings
 from las_mm.network.transformer import ATTENTION, HEAD, MLP, TOKEN, TransformerLayerShape
+
+_METHODS = ("decide", "_attend")
 
 
 @register
@@ -116,7 +118,8 @@ class DynamicTransformerLayer(DynamicBlock, T2TTransformerLayer):
 
     def _settings(self) -> tuple:
         own = (self._own, self.masker_token, self.masker_head, self.masker_layer, self.num_heads)
-        return (*super()._settings(), *own)
+        methods = [getattr(type(self), name) for name in _METHODS]
+        return (*super()._settings(), *own, *methods, shadowed(self, _METHODS))
 
     def _positions(self, x: Tensor) -> int:
         return x.shape[0] * x.shape[1]

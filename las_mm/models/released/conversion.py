@@ -147,7 +147,9 @@ def _convert_t2t(
     ours = convert_t2t(inside, thresholds)
     if spec is None:
         given = dict(settings) if mode is None else dict(settings, mode=mode)
-        config = dict(type=T2T, **{**recognise_t2t(ours), **given})
+        arch = given.get("arch")
+        heads = arch.get("num_heads", 0) if isinstance(arch, dict) else 0
+        config = dict(type=T2T, **{**recognise_t2t(ours, heads), **given})
     else:
         config = backbone_config(spec)
     own = _template(config)

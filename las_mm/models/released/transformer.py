@@ -134,6 +134,7 @@ def t2t_arguments(spec: Mapping) -> dict:
         num_heads=spec["num_heads"],
         feedforward_channels=int(spec["embed_dim"] * spec.get("mlp_ratio", 3.0)),
     )
+    closed = "hidden" if spec.get("ada_head_v2") else "input"
     stem = dict(
         token_dims=spec.get("token_dim", 64),
         use_performer=spec.get("tokens_type", "performer") == "performer",
@@ -141,18 +142,22 @@ def t2t_arguments(spec: Mapping) -> dict:
     return dict(
         arch=arch,
         mode=mode,
-        head_in_mlp="hidden" if spec.get("ada_head_v2") else "input",
+        head_in_mlp=closed if spec.get("ada_head") else "none",
         img_size=spec.get("img_size", 224),
         t2t_cfg=stem,
         attention_scale="published",
     )
 
 
-def recognise_t2t(weights: Mapping[str, Tensor]) -> dict:
+def recognise_t2t(weights: Mapping[str, Tensor], heads: int = 0) -> dict:
     """The arguments of ``LAUDT2TViT`` that weights under our names tell.
 
     Whether heads close channels in the MLP is in no weight: as in AdaViT without ``ada_head_v2``
     their channels close in its input.
+
+    Args:
+        weights: Under our names.
+        heads: Attention heads; 0: maskers or the width of a published network tell.
 
     Raises:
         ValueError: Nothing tells the number of heads.
@@ -161,7 +166,9 @@ def recognise_t2t(weights: Mapping[str, Tensor]) -> dict:
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(prefix))
     dim = weights["cls_token"].shape[-1]
     hidden, _ = weights[f"{prefix}0.ffn.layers.0.0.weight"].shape
-    heads = next((len(v) for k, v in weights.items() if k.endswith("masker_head.linear.bias")), 0)
+    for key, value in weights.items():
+        if not heads and key.endswith("masker_head.linear.bias"):
+            heads = len(value)
     heads = heads or {384: 6, 448: 7, 512: 8}.get(dim, 0)
     if not heads:
         raise ValueError(
@@ -178,7 +185,7 @@ def recognise_t2t(weights: Mapping[str, Tensor]) -> dict:
     return dict(
         arch=dict(embed_dims=dim, num_layers=depth, num_heads=heads, feedforward_channels=hidden),
         mode="static" if set(modes) == {"static"} else modes,
-        head_in_mlp="input",
+        head_in_mlp="input" if any("head" in mode for mode in modes) else "none",
         img_size=side,
         t2t_cfg=dict(token_dims=len(rows) // 3, use_performer=performer),
         attention_scale="published",
