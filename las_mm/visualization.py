@@ -43,8 +43,8 @@ def computed_share(
     mean activation rate (but for ragged edges) where no block skips channels. A patch covers S x S
     outputs, each as many input pixels wide as the strides up to the block multiply to. A block
     that skips channels counts by the share of channels that it computed for the image, in a patch
-    that it kept or, without patches, everywhere. A transformer layer counts by its two halves, of
-    which the attention counts by its share of heads, on the tokens that it kept.
+    that it kept or, without patches, everywhere. A transformer layer that skips its halves counts
+    by these, of which the attention counts by its share of heads, on the tokens that it kept.
 
     Args:
         activation: What the network did, of a batch.
@@ -96,7 +96,7 @@ def computed_share(
 
 def _share_of(rates: dict[str, float]) -> np.float32:
     """Share of a block that ran, by its rates of other things than places."""
-    if not set(rates) & {HEAD, ATTENTION, MLP}:
+    if not set(rates) & {ATTENTION, MLP}:
         return np.float32(np.prod(list(rates.values())))
     attention = rates.get(ATTENTION, 1.0) * rates.get(HEAD, 1.0)
     return np.float32((attention + rates.get(MLP, 1.0)) / 2)
@@ -188,7 +188,7 @@ def draw_masks(
         draw_box(axis, box, label, color, sheet.window)
     others = [axes[0] for axes in own.named_rates().values() if POSITION not in axes]
     whose = "' " + " and ".join(f"{axis}s" for axis in others) if others else ""
-    if {HEAD, ATTENTION, MLP} & set(others):
+    if {ATTENTION, MLP} & set(others):
         whose = "' attention and MLP"
     elif others == [TOKEN]:
         whose = ""
