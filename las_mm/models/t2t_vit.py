@@ -82,6 +82,7 @@ class LAUDT2TViT(DynamicBackbone, T2T_ViT):
     """
 
     static_forward = T2T_ViT.forward
+    why_stem_dense = "no part of the tokens-to-token module is left out"
     arch_settings = ARCHS
     res_layers = ("encoder",)
 

@@ -39,9 +39,11 @@ class SparseBlock:
         choice: The last one made; torch.compile and torch.export keep it.
         channels_last: Whether dense convolutions with its weights put out channels_last.
         packs: Whether it holds weights derived from the block's.
+        form: What it is called in reports, where it has no forms to choose between.
     """
 
     packs = True
+    form = ""
 
     strides: tuple[int, int]
     dilation: int

@@ -42,6 +42,7 @@ class SparseTransformerLayer(SparseBlock):
     """The sparse form of one ``DynamicTransformerLayer``; it reads the layer's own weights."""
 
     packs = False
+    form = "what is kept"
     strides = (1, 1)
     dilation = groups = 1
     masker = masker_channel = channel_layers = None
@@ -50,7 +51,7 @@ class SparseTransformerLayer(SparseBlock):
     def __init__(self, layer: nn.Module) -> None:
         self.__post_init__()
         self.one = torch.ones((), device=layer.ln1.weight.device, dtype=torch.float32)
-        self.choice = Choice(winograd=False, decided_by="the only form")
+        self.choice = Choice(winograd=False, decided_by="")
         self._dtype = layer.attn.qkv.weight.dtype
         self.scale = _scale(layer.attn)
 
