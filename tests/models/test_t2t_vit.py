@@ -189,6 +189,8 @@ def test_attention_scale_is_said():
 def test_equals_masked_dense(modes, head_in_mlp, rate, dtype, size, softmax, qkv_bias, seed):
     stem = dict(t2t_cfg=SOFTMAX) if softmax else {}
     cfgs = dict(layer_cfgs=dict(qkv_bias=qkv_bias))
+    if dtype == torch.bfloat16:  # mmpretrain's scale makes softmaxes that blow up any rounding
+        cfgs["attention_scale"] = "published"
     net = make(modes, seed, head_in_mlp=head_in_mlp, **stem, **cfgs).to(dtype)
     x = images(*size, seed=seed).to(dtype)
     force_masks(net, x.shape, rate, "random", seed)
