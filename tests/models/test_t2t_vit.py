@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import las_mm
 from las_mm import ops
 from las_mm.benchmark.subject import make_subject
 from las_mm.budget import set_budget
+from las_mm.cli import main as las_mm_command
 from las_mm.drawn_masks import draw_token_masks, force_masks, set_token_offsets
 from las_mm.hooks import BudgetHook
 from las_mm.latency import predict
@@ -38,6 +40,7 @@ pytestmark = pytest.mark.skipif(
     not ops.has_kernels("cpu"),
     reason="NATIVE OPS NOT BUILT: run `pip install -e . --no-build-isolation`",
 )
+ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(embed_dims=32, num_layers=3, num_heads=4)
 SIDE = 64  # 4 x 4 tokens
 ALL = "token+head+layer"
@@ -451,6 +454,19 @@ def test_latency(device):
     net.train()(images(2))
     loss(net.network_activation()).backward()
     assert all(p.grad is not None for m in net.maskers() for p in m.parameters())
+
+
+def test_commands(capsys):
+    config = str(ROOT / "configs" / "imagenet" / "laudnet_t2tvit14_all.py")
+    for rate, least, most in (("0.5", 0.2, 0.9), ("1", 1.0, 1.5)):
+        las_mm_command(
+            ["predict", config, "--device", "tx2", "--shape", "224", "224", "--rate", rate]
+        )
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "backbone" in line]
+        assert least < float(line.split()[-2]) <= most
+    with pytest.raises(SystemExit):
+        las_mm_command(["search", config, "--device", "tx2", "--shape", "224", "224"])
+    assert "there is no granularity to choose" in capsys.readouterr().err
 
 
 def test_set_budget():
