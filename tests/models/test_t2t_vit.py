@@ -564,6 +564,31 @@ def test_authors_names(stem, qkv_in_one):
     torch.testing.assert_close(features[0], run(net, x)[0])
 
 
+def test_distillation_from_a_static_network(tmp_path):
+    torch.manual_seed(0)
+    backbone = dict(type="las_mm.LAUDT2TViT", arch=TINY, img_size=SIDE)
+    head = dict(
+        type="LinearClsHead", num_classes=5, in_channels=32, loss=dict(type="CrossEntropyLoss")
+    )
+    static = make("static", attention_scale="published", out_type="cls_token")
+    torch.save({"state_dict_ema": theirs(static, True)}, tmp_path / "t2t.pth")
+    model = MODELS.build(
+        dict(
+            type="las_mm.DistilledClassifier",
+            backbone=backbone,
+            head=head,
+            static_checkpoint=str(tmp_path / "t2t.pth"),
+        )
+    )
+    model.init_weights()
+    for key, value in static.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[key], value), key
+    x = images(2)
+    with torch.no_grad():
+        features, _ = run(static, x)
+        torch.testing.assert_close(model.teacher.extract_feat(x)[0], features)
+
+
 # Arguments ---------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,15 @@ from las_mm.models.released.transformer import (
 from las_mm.registry import MODELS
 
 BACKBONE, HEAD = "backbone.", "head."
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network")
+_WRAPPERS = (
+    "state_dict",
+    "state_dict_ema",
+    "model_state_dict",
+    "model",
+    "model_state",
+    "net",
+    "network",
+)
 # One weight that every supported network has, and how such names are converted.
 _ANCHORS = {
     "layer1.0.conv1.weight": convert_resnet,
