@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -178,10 +179,17 @@ class LAUDT2TViT(DynamicBackbone, T2T_ViT):
 
 
 def divide_by_sqrt(backbone: nn.Module) -> None:
-    """Let all attention inside divide its scores by sqrt(D), as published."""
+    """Let all attention inside divide its scores by sqrt(D), as published.
+
+    In the tokens-to-token module D is the width of a head's input, as its authors have it.
+    """
     for module in backbone.modules():
         if isinstance(module, MultiheadAttention):
-            module.scaled_dot_product_attention = F.scaled_dot_product_attention
+            function = F.scaled_dot_product_attention
+            if module.v_shortcut:
+                scale = (module.input_dims // module.num_heads) ** -0.5
+                function = partial(function, scale=scale)
+            module.scaled_dot_product_attention = function
 
 
 def static_arguments_of(backbone: type, kwargs: dict) -> dict:

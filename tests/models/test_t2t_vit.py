@@ -171,6 +171,10 @@ def test_attention_scale_is_said():
     for masker in one.maskers() + other.maskers():
         masker.offset = torch.tensor(torch.inf)
     assert (check(one, x)[0] - check(other, x)[0]).norm() > 1e-3
+    stem = one.tokens_to_token.attention1.attn
+    q, k, v = torch.randn(3, 1, 1, 5, 16).unbind(0)
+    weights = torch.softmax(q @ k.mT / 147**0.5, dim=-1)  # 7 x 7 pixels of 3 channels
+    torch.testing.assert_close(stem.scaled_dot_product_attention(q, k, v), weights @ v)
     with pytest.raises(ValueError, match="attention_scale must be None or one of published"):
         make(attention_scale="sqrt")
 
