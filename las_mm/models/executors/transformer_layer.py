@@ -111,12 +111,15 @@ class SparseTransformerLayer(SparseBlock):
         block.activation = partial(record, masks, Activation(self.one))
         token, heads, attention, mlp = masks
         out = x if in_place and x.is_contiguous() else x.clone(memory_format=_CONTIGUOUS)
-        rows = _Rows.of(x, token, attention)
+        kept = None if token is None else token.bool()
+        images = [None if half is None else half.flatten().tolist() for half in (attention, mlp)]
+        rows = _Rows.of(x, kept, images[0])
         if rows.total:
             values = rows.take(out if normed is None else normed)
             values = values if normed is not None else block.ln1(values)
             rows.add(out, self._attend(block, values, rows, _lists(heads)))
-        rows = _Rows.of(x, token, mlp)
+        if images[0] != images[1]:
+            rows = _Rows.of(x, kept, images[1])
         if rows.total:
             gates = heads if block.settings.gates_mlp else None
             rows.add(out, _mlp(block, block.ln2(rows.take(out)), rows, gates))
@@ -188,18 +191,29 @@ class _Rows:
         self.index, self.counts, self.total = index, counts, sum(counts)
 
     @classmethod
-    def of(cls, x: Tensor, token: Tensor | None, half: Tensor | None) -> _Rows:
-        """Those of images whose half is kept, and of these the kept tokens."""
+    def of(cls, x: Tensor, kept: Tensor | None, images: list[float] | None) -> _Rows:
+        """Those of the images whose half is kept, and of these the kept tokens.
+
+        Args:
+            x: (N, L, C).
+            kept: bool (N, L) of tokens; ``None``: all are.
+            images: Zeros and ones, of images; ``None``: all are.
+        """
         n, length, _ = x.shape
-        if token is None and half is None:
+        if images is not None and all(images):
+            images = None
+        if images is not None and not any(images):
+            return cls(None, [0] * n)
+        if kept is None and images is None:
             return cls(None, [length] * n)
-        kept = x.new_ones(n, length, dtype=torch.bool) if token is None else token.bool()
-        if half is not None:
-            kept = kept & half.bool()
-        counts = kept.sum(dim=1).tolist()
-        if sum(counts) == n * length:
-            return cls(None, counts)
-        return cls(kept.flatten().nonzero().squeeze(1), counts)
+        if kept is None:
+            kept = x.new_ones(n, length, dtype=torch.bool)
+        if images is not None:
+            kept = kept & kept.new_tensor(images)[:, None]
+        counts = kept.sum(dim=1).tolist() if n > 1 else None
+        index = kept.flatten().nonzero().squeeze(1)
+        counts = [len(index)] if counts is None else counts
+        return cls(None if len(index) == n * length else index, counts)
 
     def take(self, x: Tensor) -> Tensor:
         """(N, L, C) -> (total, C)."""
