@@ -31,7 +31,14 @@ COLLECTIONS = {
         "Latency-aware Unified Dynamic Networks for Efficient Image Recognition",
     ),
 }
-DETECTORS = dict(FasterRCNN="Faster R-CNN", MaskRCNN="Mask R-CNN", RetinaNet="RetinaNet")
+DETECTORS = dict(
+    DDQDETR="DDQ-DETR",
+    FasterRCNN="Faster R-CNN",
+    Mask2Former="Mask2Former",
+    MaskRCNN="Mask R-CNN",
+    RetinaNet="RetinaNet",
+)
+WITH_MASKS = ("Mask R-CNN", "Mask2Former")
 COLUMNS = (
     "config",
     "data set",
@@ -97,6 +104,10 @@ def _target(loss: dict) -> str:
 
 
 def _arch_name(arch: str | dict) -> str:
+    if isinstance(arch, dict) and "num_layers" in arch:
+        return f"T2T-ViT-{arch['num_layers']}"
+    if str(arch).startswith("t2t-vit"):
+        return arch.upper().replace("VIT", "ViT")
     if isinstance(arch, dict):  # of another width
         arch = next(n for n, (_, depths, _) in DENSENETS.items() if depths == tuple(arch["depths"]))
     if arch in DENSENETS:
@@ -143,7 +154,7 @@ def metafile(rows: list[dict]) -> str:
 def _model(row: dict) -> dict:
     architecture = {"Mode": row["mode"], "S": row["S"], "G": row["G"]}
     tasks = ["Object Detection" if row["data set"] == "COCO" else "Image Classification"]
-    if row["model"] == "Mask R-CNN":
+    if row["model"] in WITH_MASKS:
         tasks.append("Instance Segmentation")
     metadata = {
         "Training Data": row["data set"],

@@ -14,7 +14,7 @@ from las_mm.version import __version__
 if not sys.argv or Path(sys.argv[0]).stem not in ("las_mm", "-m"):
     from las_mm.registry import HOOKS, MODELS
 
-_BACKBONES = ["LASRegNet", "LASResNet"]
+_BACKBONES = ["LASRegNet", "LASResNet", "LAUDT2TViT"]
 __all__ = [
     "HOOKS",
     "MODELS",

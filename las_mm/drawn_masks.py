@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from las_mm.errors import UserError
 from las_mm.network.block import BlockShape
+from las_mm.network.transformer import ATTENTION, HEAD, MLP, TOKEN, TransformerLayerShape
 
 KINDS = ("blob", "random", "model")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -124,6 +125,43 @@ def draw_channel_masks(
     return masks
 
 
+def draw_token_masks(
+    shapes: Sequence[BlockShape], batch: int, rate: float, kind: str, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Decisions for all blocks of a network, the same for the same seed.
+
+    Args:
+        shapes: Its blocks; those that are no transformer layers get none.
+        batch: Number of images N; each has decisions of its own.
+        rate: Share that is kept, of whatever a layer decides about: round(rate * count) of an
+            image's tokens and of its heads; of the halves of all layers, spread evenly.
+        kind: Of the masks of tokens, ``'blob'`` or ``'random'``.
+        seed: Of the masks.
+
+    Returns:
+        Per block bool masks by axis: tokens (N, h * w), heads (N, heads), halves (N, 1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: list[dict[str, Tensor]] = []
+    for shape in shapes:
+        own: dict[str, Tensor] = {}
+        if isinstance(shape, TransformerLayerShape):
+            if TOKEN in shape.axes:
+                grid = (shape.h_in, shape.w_in)
+                own[TOKEN] = spatial_mask(batch, grid, rate, kind, generator).flatten(1)
+            if HEAD in shape.axes:
+                drawn = spatial_mask(batch, (shape.heads, 1), rate, "random", generator)
+                own[HEAD] = drawn.flatten(1)
+        found.append(own)
+    for axis in (ATTENTION, MLP):
+        having = [i for i, shape in enumerate(shapes) if axis in shape.axes]
+        if having:
+            drawn = layer_masks(batch, len(having), rate, generator)
+            for i, mask in zip(having, drawn):
+                found[i][axis] = mask[:, None]
+    return found
+
+
 def make_masks(
     backbone: nn.Module, input_shape: Sequence[int], rate: float, kind: str, seed: int = 0
 ) -> list[Tensor | None]:
@@ -164,6 +202,22 @@ def set_offsets(
             block.masker_channel.offset = offset
 
 
+def set_token_offsets(backbone: nn.Module, masks: Sequence[dict[str, Tensor]]) -> None:
+    """Force these decisions; the maskers still compute (and cost) their logits."""
+    device = next(backbone.parameters()).device
+    for block, own in zip(backbone.blocks(), masks):
+        forced = {
+            axis: torch.where(mask, torch.inf, -torch.inf).to(device) for axis, mask in own.items()
+        }
+        if TOKEN in forced:
+            block.masker_token.offset = forced[TOKEN]
+        if HEAD in forced:
+            block.masker_head.offset = forced[HEAD]
+        halves = [forced[axis] for axis in (ATTENTION, MLP) if axis in forced]
+        if halves:
+            block.masker_layer.offset = torch.cat(halves, dim=1)
+
+
 def force_masks(
     backbone: nn.Module,
     input_shape: Sequence[int],
@@ -187,6 +241,16 @@ def force_masks(
         make_offsets(make_masks(backbone, input_shape, rate, kind, seed), device),
         make_offsets(make_channel_masks(backbone, input_shape, channel_rate, seed), device),
     )
+    force_tokens(backbone, input_shape, rate, kind, seed)
+
+
+def force_tokens(
+    backbone: nn.Module, input_shape: Sequence[int], rate: float, kind: str, seed: int = 0
+) -> None:
+    """:func:`force_masks` of what transformer layers alone decide about."""
+    batch, _, *input_hw = input_shape
+    shapes = backbone.network_shape(tuple(input_hw)).blocks
+    set_token_offsets(backbone, draw_token_masks(shapes, batch, rate, kind, seed))
 
 
 def release_masks(backbone: nn.Module) -> None:

@@ -33,7 +33,8 @@ class BlockReport:
         rate_dilated: Share of outputs that conv1 computes.
         choice: How it ran: ``'winograd'``, ``'direct'``, ``'dense'``, ``'gathered winograd'`` or
             ``'gathered direct'`` (a channel or both block, with the weights of the channels that
-            each image wants), or ``'masked-dense'`` with the reason.
+            each image wants), ``'what is kept'`` (transformer layers), or ``'masked-dense'`` with
+            the reason.
         predicted_ms: From the break-even table of this machine, without the masker; ``None`` if
             the block is too small to be in it, or skips channels: the table has blocks that
             compute all of them.
@@ -118,6 +119,8 @@ def _choice(block: DynamicBottleneck, x: Tensor, rate: float) -> tuple[str, str,
     if x.dtype != executor.dtype:
         return f"masked-dense: its weights are {executor.dtype}, its input is {x.dtype}", "", None
     choice = executor.choice
+    if executor.form:
+        return executor.form, choice.decided_by, None
     if executor.masker_channel is not None:  # the plan times blocks that compute all channels
         form = "gathered winograd" if choice.winograd else "gathered direct"
         return form, choice.decided_by, None

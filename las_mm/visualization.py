@@ -13,6 +13,7 @@ from las_mm.models.activation import NetworkActivation
 from las_mm.models.flops import flops_report
 from las_mm.models.rates import image_activation
 from las_mm.network.operator import POSITION
+from las_mm.network.transformer import ATTENTION, HEAD, MLP, TOKEN
 from las_mm.painting import draw_box, paint_predictions
 
 COLORMAP = "viridis"
@@ -42,7 +43,8 @@ def computed_share(
     mean activation rate (but for ragged edges) where no block skips channels. A patch covers S x S
     outputs, each as many input pixels wide as the strides up to the block multiply to. A block
     that skips channels counts by the share of channels that it computed for the image, in a patch
-    that it kept or, without patches, everywhere.
+    that it kept or, without patches, everywhere. A transformer layer that skips its halves counts
+    by these, of which the attention counts by its share of heads, on the tokens that it kept.
 
     Args:
         activation: What the network did, of a batch.
@@ -78,15 +80,26 @@ def computed_share(
             )
         own = {axis: made[image_index].detach().float() for axis, made in decisions.items()}
         coarse = own.pop(POSITION, None)
-        share = np.float32(np.prod([made.mean().item() for made in own.values()]))
+        if TOKEN in own:  # the class token has no place
+            coarse = own.pop(TOKEN)[1:].view(1, block.h_out, block.w_out)
+        share = _share_of({axis: made.mean().item() for axis, made in own.items()})
         if coarse is None:
             total += share
         else:
             patch = block.granularity * stride
             fine = coarse[0].cpu().numpy().repeat(patch, axis=0).repeat(patch, axis=1)
-            total += share * fine[:height, :width]
+            missing = [(0, max(n - m, 0)) for n, m in zip((height, width), fine.shape)]
+            total += share * np.pad(fine, missing, mode="edge")[:height, :width]
         count += 1
     return total / np.float32(count) if count else np.ones_like(total)
+
+
+def _share_of(rates: dict[str, float]) -> np.float32:
+    """Share of a block that ran, by its rates of other things than places."""
+    if not set(rates) & {ATTENTION, MLP}:
+        return np.float32(np.prod(list(rates.values())))
+    attention = rates.get(ATTENTION, 1.0) * rates.get(HEAD, 1.0)
+    return np.float32((attention + rates.get(MLP, 1.0)) / 2)
 
 
 def unpad(
@@ -175,6 +188,10 @@ def draw_masks(
         draw_box(axis, box, label, color, sheet.window)
     others = [axes[0] for axes in own.named_rates().values() if POSITION not in axes]
     whose = "' " + " and ".join(f"{axis}s" for axis in others) if others else ""
+    if {ATTENTION, MLP} & set(others):
+        whose = "' attention and MLP"
+    elif others == [TOKEN]:
+        whose = ""
     what = f"share of the dynamic blocks{whose} that computed here"
     sheet.heat_map(sheet.place(1, 1), what, None)
     sheet.color_bar()
@@ -292,6 +309,8 @@ def _stage_label(activation: NetworkActivation, stage: int) -> str:
     labels = [str(b.granularity) if b.mode == "spatial" else b.label for b in blocks]
     if len(set(labels)) == 1:
         labels = labels[:1]
+    elif not any(b.has_patches for b in blocks):
+        labels = list(dict.fromkeys(labels))
     return ("S=" if blocks[0].mode == "spatial" else "") + "-".join(labels)
 
 
@@ -300,6 +319,8 @@ def _stage_figures(activation: NetworkActivation, stage: int) -> str:
     blocks, figures = activation.shape.stages()[stage], []
     for name, axes in activation.named_rates().items():
         if any(set(axes) & set(block.axes) for block in blocks):
+            if axes == (TOKEN,):
+                continue  # which is the activation rate
             what = "" if name == "activation_rate" else f"{axes[0]}s "
             figures.append(f"{what}{activation.stage_rates(*axes)[stage].item():.0%}")
     return ", ".join(figures or ["100%"])

@@ -25,6 +25,7 @@ TOP = sorted(p.name for p in (ROOT / "configs").glob("*.py"))
 CIFAR = [name for name in TOP if "cifar10" in name]
 COCO = [name for name in TOP if name not in CIFAR]
 IMAGENET = sorted(f"imagenet/{p.name}" for p in (ROOT / "configs" / "imagenet").glob("*.py"))
+T2T = [name for name in IMAGENET if "t2tvit" in name]
 CONFIGS = COCO + IMAGENET + CIFAR
 RECIPES = {  # FLOPs target, backbone lr multiplier
     "mask_rcnn": (0.4, 0.5),
@@ -36,6 +37,11 @@ LAUDNET = {  # FLOPs target of channel and of layer, backbone lr multiplier
     "faster_rcnn": (0.8, 0.5, 0.5),
     "retinanet": (0.6, 0.5, 0.2),
 }
+TRANSFORMERS = {
+    "ddq_detr": (12, 2e-4, 0.1),
+    "mask2former": (None, 1e-4, 0.1),
+}  # epochs, lr, backbone's
+DETECTORS = (*RECIPES, *TRANSFORMERS)
 CLASSIFIERS = ("las_mm.DistilledClassifier", "ImageClassifier")
 CLASSES = 10  # of the shrunk networks
 
@@ -47,7 +53,7 @@ def _parsed(name: str) -> Config:
 
 def parsed(name: str) -> Config:
     """A config of the environment below, to change at will: each is read once."""
-    if name.startswith(tuple(RECIPES)) and not needs.HAS_MMDET:
+    if name.startswith(DETECTORS) and not needs.HAS_MMDET:
         pytest.skip(needs.NO_MMDET)
     return deepcopy(_parsed(name))
 
@@ -157,7 +163,36 @@ def test_recipe_of_laudnet(detector, mode):
         assert cfg.model.backbone.channel_position == "before_norm"
 
 
-@pytest.mark.parametrize("name", IMAGENET)
+@pytest.mark.parametrize("mode", ["channel", "layer"])
+@pytest.mark.parametrize("detector", TRANSFORMERS)
+def test_recipe_of_detection_transformers(detector, mode):
+    epochs, lr, multiplier = TRANSFORMERS[detector]
+    cfg = parsed(f"{detector}_laudnet_r101_{mode}.py")
+    backbone = cfg.model.backbone
+    assert backbone.type == "las_mm.LASResNet" and backbone.depth == 101 and backbone.mode == mode
+    assert tuple(backbone.out_indices) == ((1, 2, 3) if detector == "ddq_detr" else (0, 1, 2, 3))
+    assert cfg.optim_wrapper.optimizer.type == "AdamW" and cfg.optim_wrapper.optimizer.lr == lr
+    assert cfg.optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult == multiplier
+    assert cfg.train_cfg.get("max_epochs") == epochs
+    assert cfg.train_dataloader.dataset.data_root == "/data/somewhere/"
+    hooks = {hook["type"]: hook for hook in cfg.custom_hooks}
+    assert hooks["las_mm.BudgetHook"]["loss"] == dict(type="las_mm.BudgetLoss", target=0.5)
+    assert hooks["las_mm.TemperatureHook"]["start"] == 0.1
+
+
+@pytest.mark.parametrize("name", T2T)
+def test_recipe_of_t2t_vit(name):
+    cfg = parsed(name)
+    words = name.removesuffix(".py").split("_")
+    assert cfg.model.backbone.type == "las_mm.LAUDT2TViT"
+    assert cfg.model.backbone.mode == words[-1]
+    assert cfg.model.backbone.arch == f"t2t-vit-{words[-2].removeprefix('t2tvit')}"
+    assert cfg.optim_wrapper.optimizer == dict(type="AdamW", lr=1e-4, weight_decay=0.065)
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler.T_max == 100
+    assert cfg.model.static_checkpoint is None  # nobody hosts weights that a config could name
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGENET if name not in T2T])
 def test_recipe_of_imagenet(name, monkeypatch):
     monkeypatch.delenv("LAS_MM_PRETRAINED")
     cfg = Config.fromfile(ROOT / "configs" / name)
@@ -186,6 +221,10 @@ def shrink(model: dict) -> dict:
         arch = dict(growth_rate=8, depths=[2, 2, 2, 2], init_channels=16)
         backbone.update(arch=arch, init_cfg=None)
         channels = [[16, 16, 16, 32][i] for i in backbone.out_indices]
+    elif backbone.type == "las_mm.LAUDT2TViT":
+        arch = dict(embed_dims=32, num_layers=3, num_heads=4)
+        backbone.update(arch=arch, img_size=64, t2t_cfg=dict(token_dims=8), init_cfg=None)
+        channels = [32]
     elif "depth" in backbone:
         basic = backbone.depth < 50
         depth = 18 if basic else 50
@@ -197,6 +236,20 @@ def shrink(model: dict) -> dict:
         model.head.update(num_classes=CLASSES)
         if channels:
             model.head.in_channels = channels[-1]
+        return model
+    if model.type == "DDQDETR":
+        model.neck.in_channels = channels[1:]
+        model.num_queries = 20
+        model.encoder.num_layers, model.decoder.num_layers = 1, 2
+        for part in (model.encoder, model.decoder):
+            part.layer_cfg.ffn_cfg.feedforward_channels = 16
+        return model
+    if model.type == "Mask2Former":
+        head = model.panoptic_head
+        head.update(in_channels=channels, num_queries=10)
+        head.pixel_decoder.encoder.num_layers, head.transformer_decoder.num_layers = 1, 3
+        for part in (head.pixel_decoder.encoder, head.transformer_decoder):
+            part.layer_cfg.ffn_cfg.feedforward_channels = 16
         return model
     model.neck.update(in_channels=channels, out_channels=8)
     if model.type == "RetinaNet":

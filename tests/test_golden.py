@@ -1,4 +1,4 @@
-"""Reference outputs: every ``simulator_*.json`` and every model with a ``spec`` in LAS_MM_GOLDEN.
+"""Reference outputs in LAS_MM_GOLDEN: ``simulator_*``, ``adavit_*``, and models with a ``spec``.
 
 Without the directory all tests here are skipped, with a message that says so. A reference whose
 mode is not built yet is skipped by name.
@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from las_mm import ops
 from las_mm.latency import BottleneckShape, block_report
-from las_mm.models import released
+from las_mm.models import released, sparse
 from las_mm.registry import MODELS
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "golden"
 GOLDEN = Path(os.environ.get("LAS_MM_GOLDEN", DEFAULT))
+FORMS = ("masked_dense", "sparse")
 ABSENT = f"no reference outputs: {GOLDEN} is absent; set LAS_MM_GOLDEN to their directory"
 
 
@@ -61,6 +64,14 @@ def test_simulator(row: dict) -> None:
     )
     report = block_report(row["device"], block, row["rate"], batch_size=row["batch"])
     assert report.latency_s == pytest.approx(row["latency_s"], rel=1e-3)
+
+
+def transformers() -> list:
+    params = []
+    for path in sorted(GOLDEN.glob("adavit_*.json")):
+        params += [pytest.param(path, form, id=f"{path.stem}-{form}") for form in FORMS]
+    skip = pytest.mark.skip(reason=ABSENT)
+    return params or [pytest.param(None, None, id="adavit", marks=skip)]
 
 
 def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
@@ -130,3 +141,43 @@ def fields_of(block) -> list[str]:
         names += ["channel_granularity", "channel_masker", "channel_position"]
         names += ["channel_masker_layers"] if block.channel_masker == "mlp" else []
     return names
+
+
+@pytest.mark.parametrize("path, form", transformers())
+def test_transformer(path: Path, form: str) -> None:
+    """AdaViT's T2T-ViT: logits, the class token, and every decision."""
+    net = released.load(path.with_suffix(".pth"), json.loads(path.read_text()))
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(7))
+    context = sparse.masked_dense() if form == "masked_dense" else nullcontext()
+    with torch.no_grad(), context:
+        logits, (token,) = net(images)
+    if form == "sparse" and ops.has_kernels("cpu"):
+        layers = net.backbone.blocks()
+        assert all(layer._executor is not None and layer.why_dense is None for layer in layers)
+    arrays = np.load(path.with_suffix(".npz"))
+    assert relative_error(logits, arrays["logits"]) < 1e-4
+    assert relative_error(token, arrays["cls"]) < 1e-4
+    decisions = net.activation().decisions
+    for key, axes in dict(token=["token"], head=["head"], layer=["attention", "mlp"]).items():
+        made = [
+            torch.cat([own[axis] for axis in axes], dim=1) for own in decisions if axes[0] in own
+        ]
+        assert bool(made) == (key in arrays), key
+        if made:
+            assert np.array_equal(torch.stack(made, dim=1).numpy(), arrays[key]), key
+
+
+@pytest.mark.parametrize("path, form", [p for p in transformers() if "sparse" in str(p.id)])
+def test_keys_tell_the_same_transformer(path: Path, form: str) -> None:
+    """Without the settings the keys tell all but the number of heads, where none decide."""
+    spec = json.loads(path.read_text())
+    checkpoint = torch.load(path.with_suffix(".pth"), weights_only=True)
+    expected = released.convert(checkpoint, spec)
+    if not spec["transformer"]["ada_head"]:
+        with pytest.raises(ValueError, match="no key tells the heads"):
+            released.convert(checkpoint)
+        return
+    found = released.convert(checkpoint)
+    assert not found.unused and not found.missing
+    wanted = dict(expected.backbone, head_in_mlp=found.backbone["head_in_mlp"])
+    assert found.backbone == wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-from mmpretrain.models.backbones import RegNet
+from mmpretrain.models.backbones import RegNet, T2T_ViT
 from mmpretrain.models.backbones.resnet import ResLayer
 from mmpretrain.models.backbones.resnext import Bottleneck
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from las_mm.models.backbone import DynamicBackbone
 from las_mm.models.excitation import SqueezeExcitation
 from las_mm.models.regnet import LASRegNet
+from las_mm.models.t2t_vit import plain_t2t
 
 
 class _Block(Bottleneck):
@@ -55,6 +56,8 @@ def plain_twin(backbone: nn.Module, config: Mapping) -> nn.Module:
     """
     # What it was made from: the first of its bases that is nothing of las_mm's.
     static = next(cls for cls in type(backbone).__mro__ if not issubclass(cls, DynamicBackbone))
+    if static is T2T_ViT:
+        return plain_t2t(config)
     known = inspect.signature(static.__init__).parameters
     kwargs = {key: config[key] for key in config if key in known}
     if static is not RegNet:

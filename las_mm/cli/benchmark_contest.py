@@ -67,8 +67,14 @@ def mask_setters(args: argparse.Namespace, backbone: nn.Module) -> list:
             masks.make_channel_masks(backbone, args.shape, channel_rate, args.seed),
         )
         offsets = [masks.make_offsets(made, args.known.device) for made in drawn]
-        setters.append(partial(masks.set_offsets, backbone, *offsets))
+        tokens = (backbone, args.shape, rate, args.masks, args.seed)
+        setters.append(partial(_set, (backbone, *offsets), tokens))
     return setters
+
+
+def _set(offsets: tuple, tokens: tuple) -> None:
+    masks.set_offsets(*offsets)
+    masks.force_tokens(*tokens)
 
 
 def time_whole(args: argparse.Namespace, candidate: Candidate, subject, rows, setter, say) -> dict:

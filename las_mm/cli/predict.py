@@ -23,6 +23,7 @@ from las_mm.latency import NetworkShape, Report, find_network, load_device, pred
 from las_mm.latency.device import AnyDevice
 from las_mm.latency.prediction import backbone_configs
 from las_mm.network import MODES
+from las_mm.network.operator import CHANNEL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,17 +102,17 @@ def make_table(dynamic: Report, static: Report, network: NetworkShape) -> Table:
 
 def settle_rates(args: argparse.Namespace, network: NetworkShape) -> list[str]:
     """Fill in the defaults of --rate and --channel-rate; returns what to say of each."""
-    modes = {block.mode for block in network.blocks}
-    positional = {"spatial", "both", "layer"}
+    channels = CHANNEL in network.axes
+    others = bool(set(network.axes) - {CHANNEL})  # positions, layers, tokens, heads, ...
     said = []
-    if not modes & positional and args.channel_rate is None:  # --rate can only mean channels
+    if not others and args.channel_rate is None:  # --rate can only mean channels
         args.rate, args.channel_rate = None, args.rate
-    for name, readers, default in (
-        ("rate", positional, 0.5),
-        ("channel_rate", {"channel", "both"}, 1.0 if modes & positional else 0.5),
+    for name, is_read, default in (
+        ("rate", others, 0.5),
+        ("channel_rate", channels, 1.0 if others else 0.5),
     ):
         rates, label = getattr(args, name), name.replace("_", " ")
-        if not modes & readers:
+        if not is_read:
             if rates is not None:
                 option = label.replace(" ", "-")
                 said.append(f"no block has a {label} (--{option} is not used)")

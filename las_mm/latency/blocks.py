@@ -12,6 +12,7 @@ import numpy as np
 from las_mm.network.block import BlockShape, NetworkShape
 from las_mm.network.operator import CHANNEL, DILATED
 
+from .analytical import transformer  # noqa: F401  registers its operators' costs
 from .analytical.operators import check_sizes
 from .analytical.rules import block_costs, operator_costs
 from .device import AnyDevice, load_device

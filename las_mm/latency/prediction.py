@@ -253,7 +253,8 @@ def _check_covered(backbone: Any, network: NetworkShape) -> None:
     """
     names = {module: name for name, module in backbone.named_modules()}
     inside = {part for block in backbone.blocks() for part in block.modules()}
-    stem = [names[m] for m in _weighted(backbone) if m not in inside]
+    # A backbone's own parameters, such as a class token, are added to something.
+    stem = [names[m] for m in _weighted(backbone) if m not in inside and m is not backbone]
     between = [op for block in network.blocks for op in block.operators if not op.module]
     convs = sum(isinstance(op, Conv) for op in (*network.stem, *between))
     if len(stem) != convs:
@@ -285,11 +286,11 @@ def _check_covered(backbone: Any, network: NetworkShape) -> None:
 
 
 def _weighted(module: Any) -> list[Any]:
-    """The modules inside with parameters of their own but norms, which go into a convolution."""
+    """The modules inside with parameters of their own but norms, which multiply no matrix."""
     from torch import nn
     from torch.nn.modules.batchnorm import _NormBase
 
-    norms = (_NormBase, nn.GroupNorm)
+    norms = (_NormBase, nn.GroupNorm, nn.LayerNorm)
     return [
         part
         for part in module.modules()

@@ -17,20 +17,29 @@ from las_mm.models.maskers import ChannelMasker, SpatialMasker  # noqa: E402
 from las_mm.models.regnet import LASRegNet  # noqa: E402
 from las_mm.models.resnet import LASResNet  # noqa: E402
 from las_mm.models.settings import BlockSettings  # noqa: E402
+from las_mm.models.t2t_vit import LAUDT2TViT  # noqa: E402
+from las_mm.models.token_maskers import ClassTokenMasker, TokenMasker  # noqa: E402
+from las_mm.models.token_settings import TransformerSettings  # noqa: E402
+from las_mm.models.transformer_layer import DynamicTransformerLayer  # noqa: E402
 
 __all__ = [
     "Activation",
     "BlockSettings",
     "ChannelMasker",
+    "ClassTokenMasker",
     "DistilledClassifier",
     "DynamicBasicBlock",
     "DynamicBlock",
     "DynamicBottleneck",
+    "DynamicTransformerLayer",
     "LASDenseNet",
     "LASRegNet",
     "LASResNet",
+    "LAUDT2TViT",
     "NetworkActivation",
     "SpatialMasker",
+    "TokenMasker",
+    "TransformerSettings",
     "collect_activations",
     "find_dynamic_backbone",
     "flops_report",

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from las_mm.network.block import NetworkShape, Term
 from las_mm.network.operator import CHANNEL, DILATED, LAYER, POSITION, axis_of
+from las_mm.network.transformer import TOKEN
+
+PLACES = (POSITION, LAYER, TOKEN)
+"""What of an image is computed where: a network has one of these, or positions and layers."""
 
 PAIRS = "channel_pairs"
 """Rate of what a grouped convolution multiplies, whose outputs read the kept channels of their own
@@ -83,8 +87,8 @@ class Activation:
 
     @property
     def rate(self) -> Tensor:
-        """Share of output positions, or of images of a layer block, that are computed, ()."""
-        return self.rate_of(LAYER if LAYER in self.rates else POSITION)
+        """Share of output positions, tokens, or images of a layer block, that are computed, ()."""
+        return self.rate_of(next((a for a in (LAYER, TOKEN) if a in self.rates), POSITION))
 
     @property
     def rate_dilated(self) -> Tensor:
@@ -178,8 +182,8 @@ class NetworkActivation:
 
     @property
     def rates(self) -> Tensor:
-        """Share of computed positions (of images, in layer blocks), (n_blocks,)."""
-        return self.rate(POSITION, LAYER)
+        """Share of computed positions or tokens (of images, in layer blocks), (n_blocks,)."""
+        return self.rate(*PLACES)
 
     @property
     def rates_dilated(self) -> Tensor:
@@ -209,11 +213,11 @@ class NetworkActivation:
     def named_rates(self) -> dict[str, tuple[str, ...]]:
         """What is logged, and the axes that it is the rate of: those that are decided about.
 
-        Positions and whole layers are one, ``'activation_rate'``; others are called by their
-        axis, as ``'channel_rate'``.
+        Positions, tokens and whole layers are one, ``'activation_rate'``; others, and tokens
+        again, are called by their axis, as ``'channel_rate'``.
         """
         others = [axis for axis in self.shape.axes if axis not in (POSITION, LAYER, DILATED)]
-        return {"activation_rate": (POSITION, LAYER), **{f"{a}_rate": (a,) for a in others}}
+        return {"activation_rate": PLACES, **{f"{a}_rate": (a,) for a in others}}
 
     def mean_of(self, *axes: str) -> Tensor:
         """Mean rate of the blocks that decide about one of ``axes``, shape (); 1 if none."""
@@ -222,7 +226,7 @@ class NetworkActivation:
     @property
     def mean_rate(self) -> Tensor:
         """Mean activation rate of the blocks that may leave out positions, shape (); 1 if none."""
-        return self.mean_of(POSITION, LAYER)
+        return self.mean_of(*PLACES)
 
     @property
     def mean_rate_channel(self) -> Tensor:
@@ -234,7 +238,7 @@ class NetworkActivation:
         stages: dict[int, list[int]] = {}
         for i, block in enumerate(self.shape.blocks):
             stages.setdefault(block.stage, []).append(i)
-        rates = self.rate(*(axes or (POSITION, LAYER)))
+        rates = self.rate(*(axes or PLACES))
         return {stage: self._mean(rates, index) for stage, index in sorted(stages.items())}
 
     @staticmethod

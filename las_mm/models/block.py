@@ -173,7 +173,7 @@ class DynamicBlock(ChangeableBlock):
                 executor = self._make_executor()
             except Unsupported as reason:
                 why = str(reason)
-            snapshot = Snapshot(self, packed=executor is not None)
+            snapshot = Snapshot(self, packed=executor is not None and executor.packs)
             self._made_for, self.why_dense = made_for, why
             self._executor, self._snapshot = executor, snapshot
             self._key = watch(self, self._key)

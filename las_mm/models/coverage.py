@@ -63,6 +63,8 @@ _OF_NORMS = ("weight", "bias", "running_mean", "running_var", "eps", "training",
 _FOREIGN = (
     nn.Conv2d,
     nn.Linear,
+    nn.LayerNorm,
+    nn.GELU,
     nn.BatchNorm2d,
     nn.SyncBatchNorm,
     nn.ReLU,
@@ -85,6 +87,7 @@ TRUSTED += [
     (owner, name, getattr(owner, name))
     for owner, names in (
         (F, "conv2d batch_norm relu relu_ max_pool2d avg_pool2d linear interpolate pad"),
+        (F, "layer_norm gelu scaled_dot_product_attention"),
         (torch, "conv2d batch_norm relu relu_ max_pool2d addcmul sigmoid"),
         (Tensor, "__add__ __mul__ __sub__ mean sum relu"),
     )

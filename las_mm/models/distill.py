@@ -111,7 +111,10 @@ class DistilledClassifier(ImageClassifier):
         Raises:
             ValueError: It is not recognised, has no classifier or belongs to another network.
         """
-        weights = read_static(self.static_checkpoint)
+        arch = self._static.get("backbone", {}).get("arch")
+        # The heads of a transformer are in no weight.
+        settings = dict(arch=dict(arch)) if "num_heads" in (arch or ()) else {}
+        weights = read_static(self.static_checkpoint, **settings)
         own = {key: value for key, value in self.state_dict().items() if not is_masker(key)}
         different = sorted(own.keys() ^ weights.keys())
         different += [key for key in own if key in weights and own[key].shape != weights[key].shape]
@@ -167,11 +170,12 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return temperature**2 * divergence
 
 
-def read_static(source: str) -> dict[str, Tensor]:
+def read_static(source: str, **settings: object) -> dict[str, Tensor]:
     """Weights of a static classifier under the names of ``ImageClassifier``.
 
     Args:
         source: A file, read as data and not as a program, a URL or a ``torchvision://`` name.
+        settings: Of :func:`~las_mm.models.released.convert`, for what the weights leave open.
 
     Raises:
         ValueError: It is not recognised, or has no classifier.
@@ -181,7 +185,7 @@ def read_static(source: str) -> dict[str, Tensor]:
             checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
         else:
             checkpoint = read_checkpoint(source)
-        found = convert(checkpoint, mode="static")
+        found = convert(checkpoint, mode="static", **settings)
     except ValueError as error:
         raise ValueError(f"static_checkpoint {source} cannot be used: {error}") from error
     if found.num_classes is None:

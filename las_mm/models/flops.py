@@ -33,8 +33,9 @@ def _macs(op: Operator, counting: str, block: BlockShape) -> int:
         return op.macs()
     if isinstance(op, Masker):
         return 4 * op.c_in * op.decisions
-    if op.masker and isinstance(op, Conv):
-        return op.c_in * op.c_in // block.channel_reduction
+    reduction = getattr(block, "channel_reduction", None)
+    if op.masker and isinstance(op, Conv) and reduction is not None:
+        return op.c_in * op.c_in // reduction
     if not op.masker and isinstance(op, (GlobalPool, Scale)):
         return 0
     return op.macs()

@@ -19,7 +19,7 @@ from las_mm.models.coverage import register
 from las_mm.network.block import CHANNEL_MASKERS
 from las_mm.network.bottleneck import channel_hidden
 
-_MASKER = re.compile(r"(^|\.)masker(_channel)?\.")
+_MASKER = re.compile(r"(^|\.)masker(_[a-z]+)?\.")
 
 
 def is_masker(name: str) -> bool:

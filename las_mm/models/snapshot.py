@@ -26,7 +26,11 @@ _LAYOUT: tuple[Callable[[Tensor], object], ...] = (
     Tensor.stride,
     Tensor.dtype.__get__,
 )
-_UNPACKED = ("masker", "masker_channel")  # children whose own tensors the sparse path reads
+
+
+def _is_read(name: str) -> bool:
+    """Whether the sparse path reads the own tensors of a child of this name: it is a masker."""
+    return name.startswith("masker")
 
 
 class Snapshot:
@@ -79,7 +83,7 @@ class Snapshot:
         self._kinds = [(sub, type(sub), len(sub._modules)) for sub in (module, *inside)]
         # Settings, the mode, methods put over those of the class. What maskers hold beside layers
         # is read each time.
-        maskers = [children[name] for name in _UNPACKED if children.get(name) is not None]
+        maskers = [m for name, m in children.items() if m is not None and _is_read(name)]
         self._attributes = [
             (sub.__dict__, dict(sub.__dict__)) for sub in inside if sub not in maskers
         ]
@@ -246,7 +250,7 @@ def sources(module: nn.Module, names: Sequence[str] | None = None) -> list[Tenso
     """
     found = []
     for name, child in module.named_children():
-        if name in _UNPACKED or (names is not None and name not in names):
+        if _is_read(name) or (names is not None and name not in names):
             continue
         found += list(child.parameters())
         found += [b for key, b in child.named_buffers() if not key.endswith("num_batches_tracked")]

@@ -167,7 +167,7 @@ class NetworkShape:
     @property
     def channels(self) -> int:
         """Channels of the input."""
-        first = self.stem[0] if self.stem else self.blocks[0]
+        first = next((op for op in self.stem if isinstance(op, (Conv, Pool))), self.blocks[0])
         return first.channels if isinstance(first, Pool) else first.c_in  # type: ignore[union-attr]
 
     @cached_property

@@ -38,7 +38,12 @@ class SparseBlock:
         channel_layers: Weights and biases of masker_channel where one op does its work.
         choice: The last one made; torch.compile and torch.export keep it.
         channels_last: Whether dense convolutions with its weights put out channels_last.
+        packs: Whether it holds weights derived from the block's.
+        form: What it is called in reports, where it has no forms to choose between.
     """
+
+    packs = True
+    form = ""
 
     strides: tuple[int, int]
     dilation: int

@@ -1,4 +1,4 @@
-"""Networks and checkpoints of the authors' released code, of torchvision and of timm.
+"""Networks and checkpoints of the authors' released code, of torchvision, timm and AdaViT.
 
 - :func:`load` and :func:`build`: a released network from a checkpoint, from a specification.
 - :func:`convert`: a checkpoint -> our names, with an account of every key;
@@ -17,6 +17,7 @@ from las_mm.models.released.specification import (
     regnet_arguments,
     resnet_arguments,
 )
+from las_mm.models.released.transformer import convert_t2t, t2t_arguments
 
 __all__ = [
     "Conversion",
@@ -27,9 +28,11 @@ __all__ = [
     "convert_densenet",
     "convert_regnet",
     "convert_resnet",
+    "convert_t2t",
     "load",
     "regnet_arguments",
     "resnet_arguments",
+    "t2t_arguments",
 ]
 
 _LAZY = dict(

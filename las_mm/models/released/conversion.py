@@ -13,10 +13,26 @@ from las_mm.models.maskers import is_masker
 from las_mm.models.released.names import convert_densenet, convert_regnet, convert_resnet
 from las_mm.models.released.recognition import recognise
 from las_mm.models.released.specification import backbone_config
+from las_mm.models.released.transformer import (
+    T2T,
+    THRESHOLDS,
+    convert_t2t,
+    is_transformer,
+    recognise_t2t,
+    t2t_key,
+)
 from las_mm.registry import MODELS
 
 BACKBONE, HEAD = "backbone.", "head."
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network")
+_WRAPPERS = (
+    "state_dict",
+    "state_dict_ema",
+    "model_state_dict",
+    "model",
+    "model_state",
+    "net",
+    "network",
+)
 # One weight that every supported network has, and how such names are converted.
 _ANCHORS = {
     "layer1.0.conv1.weight": convert_resnet,
@@ -27,6 +43,7 @@ _ANCHORS = {
     "stages.0.block.0.conv1.weight": convert_densenet,
 }
 _OWN_PART = re.compile(r"(conv1|bn1|stem|layer\d+|trunk_output|s\d+|features|stages|transitions)\b")
+_HEADS = ("head", "head.fc", "head.layers.head")  # of T2T-ViT's authors, ours, mmpretrain's
 _COUNTER = ".num_batches_tracked"
 
 
@@ -95,6 +112,8 @@ def convert(
             says, or leaves open what is not given; the message says what.
     """
     found = _inner(checkpoint)
+    if is_transformer(found):
+        return _convert_t2t(found, spec, mode, settings)
     prefix, anchor = _prefix(found)
     names = _names(found, prefix, anchor)
     head = {key: f"{HEAD}fc.{key.rpartition('.')[2]}" for key in found if _is_head(key, prefix)}
@@ -123,6 +142,39 @@ def convert(
         missing=[key for key in absent if key not in added],
         added=added,
     )
+
+
+def _convert_t2t(
+    found: dict[str, Tensor], spec: dict | None, mode: object, settings: dict[str, object]
+) -> Conversion:
+    """The same of a T2T-ViT, whose query, key and value become one weight."""
+    anchor = "tokens_to_token.project.weight"
+    prefix = next((k.removesuffix(anchor) for k in found if k.endswith(anchor)), "")
+    inside = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    thresholds = THRESHOLDS if spec is None else spec["transformer"].get("threshold", THRESHOLDS)
+    ours = convert_t2t(inside, thresholds)
+    if spec is None:
+        given = dict(settings) if mode is None else dict(settings, mode=mode)
+        arch = given.get("arch")
+        heads = arch.get("num_heads", 0) if isinstance(arch, dict) else 0
+        config = dict(type=T2T, **{**recognise_t2t(ours, heads), **given})
+    else:
+        config = backbone_config(spec)
+    own = _template(config)
+    performer = "tokens_to_token.attention1.kqv.weight" in inside
+    names = {prefix + key: t2t_key(key, performer) for key in inside}
+    names = {theirs: name for theirs, name in names.items() if name in own}
+    outer = prefix.removesuffix(BACKBONE)
+    head = {f"{outer}{n}.{p}": f"{HEAD}fc.{p}" for n in _HEADS for p in ("weight", "bias")}
+    head = {key: name for key, name in head.items() if key in found and key not in names}
+    values = {theirs: ours[name] for theirs, name in names.items()}
+    _check(own, values, names, head, prefix)
+    used = {theirs: BACKBONE + name for theirs, name in names.items()} | head
+    weights = {BACKBONE + name: ours[name] for name in names.values()}
+    weights.update((name, found[key]) for key, name in head.items())
+    left = [key for key in found if key not in used]
+    missing = [key for key in own if BACKBONE + key not in weights]
+    return Conversion(config, weights, used, left, missing, [])
 
 
 def _inner(checkpoint: object) -> dict[str, Tensor]:
@@ -249,7 +301,7 @@ def _check(
             f"{len(left)} weights have no place in the network, e.g. {left[0]}: it is another "
             "network than the one recognised or specified"
         )
-    used = [*names, *head]
+    used = [key for key in (*names, *head) if key in found]
     damaged = [
         key
         for key in used

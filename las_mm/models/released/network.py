@@ -13,11 +13,12 @@ from las_mm.models.finding import collect_activations
 from las_mm.models.flops import flops_report
 from las_mm.models.released.conversion import HEAD, convert
 from las_mm.models.released.specification import backbone_config, num_classes
+from las_mm.models.released.transformer import T2T
 from las_mm.registry import MODELS
 
 
 class ReleasedNetwork(nn.Module):
-    """Backbone, global average pooling and a linear classifier.
+    """Backbone, global average pooling (but of a T2T-ViT) and a linear classifier.
 
     Args:
         backbone: Config of a dynamic backbone.
@@ -32,14 +33,21 @@ class ReleasedNetwork(nn.Module):
 
     def __init__(self, backbone: dict, classes: int = 1000) -> None:
         super().__init__()
-        arguments = {**backbone, "out_indices": (0, 1, 2, 3)}
+        arguments = {"out_indices": (0, 1, 2, 3), **backbone}
+        self._pools = arguments["type"] != T2T
+        if not self._pools:
+            arguments["out_indices"] = -1
         self.backbone = MODELS.get(arguments.pop("type"))(**arguments)
         self.fc = nn.Linear(self.backbone.channels, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Images (N, 3, H, W) -> (logits (N, classes), the four stages' feature maps)."""
+        """Images (N, 3, H, W) -> (logits (N, classes), the four stages' feature maps).
+
+        Of a T2T-ViT the features are one: the class token behind the last norm, (N, C).
+        """
         features = self.backbone(images)
-        return self.fc(features[-1].mean(dim=(2, 3))), features
+        last = features[-1].mean(dim=(2, 3)) if self._pools else features[-1]
+        return self.fc(last), features
 
     def activation(self) -> NetworkActivation:
         """What the blocks did in the last forward pass."""
@@ -58,7 +66,8 @@ class ReleasedNetwork(nn.Module):
             counting: See :func:`~las_mm.models.flops.flops_report`.
         """
         backbone = flops_report(self.activation(), counting=counting).dynamic
-        return backbone + self.fc.in_features + self.fc.weight.numel()
+        pooling = self.fc.in_features if self._pools else 0
+        return backbone + pooling + self.fc.weight.numel()
 
 
 def build(spec: dict) -> ReleasedNetwork:

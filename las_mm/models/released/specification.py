@@ -21,11 +21,16 @@ A specification is a dict (of a JSON file, say):
 
 ``mode`` and all from ``granularity`` to ``channel_mask_position`` are one value, one per stage or
 one per block; ``None`` is as good as absent, and entries of other names are not read.
+
+A T2T-ViT is described by ``{'transformer': settings}``, see
+:func:`~las_mm.models.released.transformer.t2t_arguments`.
 """
 
 from __future__ import annotations
 
 import re
+
+from las_mm.models.released.transformer import t2t_arguments
 
 # What a specification calls the arguments of the backbones, where the names differ.
 _ARGUMENTS = dict(
@@ -48,6 +53,8 @@ def backbone_config(spec: dict) -> dict:
     Raises:
         ValueError: Not a specification, or one of an unknown family, arch, ...
     """
+    if isinstance(spec, dict) and "transformer" in spec:
+        return dict(type="las_mm.LAUDT2TViT", **t2t_arguments(spec["transformer"]))
     if not isinstance(spec, dict) or not isinstance(spec.get("family"), str):
         raise ValueError(
             "a specification is a dict with at least family ('resnet' or 'regnet'), depth or arch, "
@@ -60,7 +67,7 @@ def backbone_config(spec: dict) -> dict:
 
 def num_classes(spec: dict) -> int:
     """Classes of the network, by default ImageNet's 1000."""
-    found = spec.get("num_classes")
+    found = spec.get("transformer", spec).get("num_classes")
     return 1000 if found is None else found
 
 
