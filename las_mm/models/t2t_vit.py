@@ -71,7 +71,7 @@ class LAUDT2TViT(DynamicBackbone, T2T_ViT):
         ValueError: Wrong arch, mode, ...; the message names the value.
         TypeError: An unknown argument; the message names close ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from las_mm.models import LAUDT2TViT, collect_activations
         >>> arch = dict(embed_dims=64, num_layers=4, num_heads=4)
