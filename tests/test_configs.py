@@ -297,6 +297,8 @@ def step_and_infer(cfg: Config) -> None:
     """A step of training changes the maskers; then sparse inference equals masked-dense."""
     torch.manual_seed(0)
     model = preflight.build_model(cfg)
+    if cfg.model.type in ("DDQDETR", "Mask2Former"):  # parts of these are allocated, not drawn
+        model.init_weights()
     images, labels = torch.rand(2, 3, 64, 64), samples(cfg.model, 2)
     hooks = {hook["type"]: hook for hook in cfg.custom_hooks}
     budget = hooks.get("las_mm.BudgetHook")

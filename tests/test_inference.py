@@ -33,9 +33,13 @@ def lines(about: str) -> str:
     return found
 
 
-def undecided(model: nn.Module, folder: Path, name: str) -> None:
+def undecided(cfg: Config, folder: Path, name: str) -> None:
     """Write weights whose maskers keep about half, and whose blocks do something."""
     torch.manual_seed(0)
+    model = preflight.build_model(cfg)
+    model.init_weights()
+    if hasattr(model, "roi_head"):  # SAHI refuses masks of scattered pixels: these fill their boxes
+        nn.init.constant_(model.roi_head.mask_head.conv_logits.bias, 20.0)
     for part, parameter in model.backbone.named_parameters():
         if "masker" in part:
             (nn.init.zeros_ if "bias" in part else nn.init.normal_)(parameter)
@@ -59,7 +63,7 @@ def detector(tmp_path_factory, tiny_config) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("detector")
     overrides = {"model.test_cfg.rcnn.score_thr": 0.0, "model.test_cfg.rcnn.max_per_img": 5}
     path = tiny_config(folder, **overrides)
-    undecided(preflight.build_model(Config.fromfile(str(path))), folder, "checkpoint.pth")
+    undecided(Config.fromfile(str(path)), folder, "checkpoint.pth")
     return {"config.py": str(path), "checkpoint.pth": str(folder / "checkpoint.pth")}
 
 
@@ -71,7 +75,7 @@ def classifier(tmp_path_factory) -> dict[str, str]:
     cfg.model.backbone.arch = dict(embed_dims=32, num_layers=3, num_heads=4)
     cfg.model.head.update(in_channels=32, num_classes=3)
     cfg.dump(str(folder / "classifier.py"))
-    undecided(preflight.build_model(cfg), folder, "classifier.pth")
+    undecided(cfg, folder, "classifier.pth")
     return {name: str(folder / name) for name in ("classifier.py", "classifier.pth")}
 
 
