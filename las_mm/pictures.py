@@ -7,8 +7,13 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.fileio import get
+from mmengine.registry import DefaultScope
 from PIL import Image
+from torch import Tensor, nn
+
+from las_mm.drawn_masks import SUFFIXES
 
 
 class UnreadableImage(ValueError):
@@ -86,3 +91,49 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint16:
         image = image >> 8
     return np.ascontiguousarray(image.clip(0, 255).astype(np.uint8))
+
+
+def as_the_model_reads(model: nn.Module, folder: str | Path) -> Iterator[Tensor]:
+    """The images of a folder as a model's backbone takes them, one at a time.
+
+    Args:
+        model: With the config that it was built from, as mmdet's ``init_detector`` (``cfg``) and
+            mmpretrain's ``get_model`` (``_config``) leave it.
+        folder: Of image files; others in it are left out.
+
+    Yields:
+        (1, C, H, W), by the config's test pipeline and the model's preprocessor.
+
+    Raises:
+        ValueError: There is no such folder, no image in it, or no test pipeline; an
+            :class:`UnreadableImage` names a file.
+    """
+    folder = Path(folder)
+    files = folder.iterdir() if folder.is_dir() else []
+    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(
+            f"images {str(folder)!r} must be a folder with {', '.join(SUFFIXES)} in it"
+        )
+    config = getattr(model, "cfg", None) or getattr(model, "_config", None)
+    dataset = ((config or {}).get("test_dataloader") or {}).get("dataset") or {}
+    while "pipeline" not in dataset and "dataset" in dataset:
+        dataset = dataset["dataset"]
+    steps = [s for s in dataset.get("pipeline") or [] if "Annotations" not in str(s["type"])]
+    if not steps or not hasattr(model, "data_preprocessor"):
+        raise ValueError(
+            f"{type(model).__name__} has no config with a test pipeline to read {str(folder)!r} "
+            "with: build it with init_detector or get_model, or give the images as tensors"
+        )
+    with DefaultScope.overwrite_default_scope(config.get("default_scope")):
+        pipeline = Compose(steps)
+    return (_read(model, pipeline, path, i) for i, path in enumerate(paths))
+
+
+def _read(model: nn.Module, pipeline: Compose, path: Path, number: int) -> Tensor:
+    check_whole(path)
+    try:
+        data = pipeline(dict(img_path=str(path), img_id=number))
+    except Exception as error:  # of the decoder or of a transform
+        raise UnreadableImage(f"{path} cannot be read by the test pipeline: {error}") from error
+    return model.data_preprocessor(pseudo_collate([data]), False)["inputs"]

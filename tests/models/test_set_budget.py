@@ -1,12 +1,16 @@
 """set_budget, and the scalar offsets that it sets."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import las_mm
+from las_mm.latency import predict
 from las_mm.models import LASResNet, collect_activations
 from las_mm.models.flops import flops_report
 from las_mm.models.sparse import masked_dense
+from las_mm.pictures import as_the_model_reads
 
 MODES = ["spatial", "layer", "channel", "both"]
 
@@ -107,3 +111,121 @@ def test_training_mode_and_static_networks(images):
         las_mm.set_budget(make("spatial").train(), 0.5, images)
     with pytest.raises(ValueError, match="every block of the backbone is static"):
         las_mm.set_budget(make("static"), 0.5, images)
+
+
+# A limit on latency ------------------------------------------------------------------------------
+
+
+def latencies(net, images):
+    found = []
+    for image in images.split(1):
+        with torch.no_grad():
+            net(image)
+        found.append(1e3 * predict(net, "v100", (1, 3, 64, 64)).latency_s)
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_image_stays_within_the_limit(mode, images):
+    net = make(mode)
+    before = latencies(net, images)
+    low = latencies_with_nothing(net, images)
+    limit = 0.4 * max(before) + 0.6 * low
+    told = las_mm.set_budget(net, images=images, max_latency_ms=limit, device="v100")
+    after = latencies(net, images)
+    assert told.offset < 0
+    # Between its points the table is a straight line, the model itself goes in steps.
+    assert max(after) == pytest.approx(told.latency_ms, rel=0.02)
+    assert low <= told.latency_ms <= limit
+    assert ratio(net, images) == pytest.approx(told.flops_ratio, abs=1e-3)
+
+
+def latencies_with_nothing(net, images):
+    for masker in net.maskers():
+        masker.offset = torch.tensor(-1e4)
+    found = max(latencies(net, images))
+    las_mm.set_budget(net)
+    return found
+
+
+def test_a_percentile_lets_the_others_take_longer(images):
+    net = make("spatial")
+    before = sorted(latencies(net, images))
+    limit = sum(before) / len(before)
+    worst = las_mm.set_budget(net, images=images, max_latency_ms=limit, device="v100")
+    half = las_mm.set_budget(net, images=images, max_latency_ms=limit, device="v100", percentile=50)
+    assert worst.offset < half.offset <= 0
+    within = [ms <= 1.02 * limit for ms in latencies(net, images)]
+    assert sum(within) >= len(images) / 2
+
+
+def test_within_the_limit_nothing_changes(images):
+    net = make("spatial")
+    told = las_mm.set_budget(net, images=images, max_latency_ms=1e6, device="v100")
+    assert told.offset == 0 and told.latency_ms < 1e6
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(max_latency_ms=1e-3, device="v100"), "0.001 of set_budget is out of reach: .* ms"),
+        (dict(rate=0.5, max_latency_ms=1, device="v100"), "a rate or max_latency_ms, got both"),
+        (dict(max_latency_ms=1), "needs a device"),
+        (dict(rate=0.5, device="v100"), "give max_latency_ms too"),
+        (dict(max_latency_ms=0, device="v100"), "max_latency_ms .* got 0"),
+        (dict(max_latency_ms=True, device="v100"), "max_latency_ms .* got True"),
+        (dict(max_latency_ms=1, device="v100", percentile=101), "percentile .* got 101"),
+        (dict(max_latency_ms=1, device="v999"), "v999"),
+    ],
+)
+def test_limits_that_make_no_sense(arguments, words, images):
+    net = make("spatial")
+    with pytest.raises(ValueError, match=words):
+        las_mm.set_budget(net, images=images, **arguments)
+    assert all(masker.offset is None for masker in net.maskers())
+
+
+@pytest.fixture
+def classifier():
+    """With the config that it was built from."""
+    from mmengine.config import ConfigDict
+    from mmpretrain.registry import MODELS
+
+    model = MODELS.build(
+        dict(
+            type="ImageClassifier",
+            data_preprocessor=dict(mean=[100.0] * 3, std=[50.0] * 3, to_rgb=True),
+            backbone=dict(type="las_mm.LASResNet", depth=50, base_channels=8, stem_channels=8),
+        )
+    ).eval()
+    pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="Resize", scale=(64, 64)),
+        dict(type="PackInputs"),
+    ]
+    loader = dict(dataset=dict(type="Wrapper", dataset=dict(pipeline=pipeline)))
+    model._config = ConfigDict(default_scope="mmpretrain", test_dataloader=loader)
+    return model
+
+
+def test_a_folder_is_read_by_the_test_pipeline(classifier, tmp_path):
+    for i in range(3):
+        pixels = np.full((20 + i, 30, 3), 80 * i, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    batches = list(as_the_model_reads(classifier, tmp_path))
+    assert [tuple(batch.shape) for batch in batches] == [(1, 3, 64, 64)] * 3
+    assert batches[2].unique().tolist() == pytest.approx([(160 - 100) / 50])
+    told = las_mm.set_budget(classifier, 0.7, str(tmp_path))
+    assert told.flops_ratio == pytest.approx(0.7, abs=0.02)
+
+
+def test_folders_that_cannot_be_read(classifier, tmp_path):
+    with pytest.raises(ValueError, match="must be a folder with .*png"):
+        las_mm.set_budget(classifier, 0.7, tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="LASResNet has no config with a test pipeline"):
+        las_mm.set_budget(make("spatial"), 0.7, tmp_path)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match="a.png"):
+        las_mm.set_budget(classifier, 0.7, tmp_path)
