@@ -24,6 +24,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import las_mm
+import needs
 from las_mm import ops
 from las_mm.models import plan
 from las_mm.models.interception import foreign, obstacle
@@ -370,6 +371,7 @@ def test_another_thread_switches(monkeypatch):
         assert_close(run(net, x), before)
 
 
+@needs.RAISE
 def test_compiled_before_it_was_prepared():
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(Exception, match=r"las_mm\.prepare\(model\.eval\(\)\)"):
