@@ -169,7 +169,7 @@ def main():
         ],
         packages=find_packages(include=["las_mm", "las_mm.*"]),
         entry_points={"console_scripts": ["las_mm = las_mm.cli:main"]},
-        package_data={"las_mm": ["latency/devices/*.yaml"]},
+        package_data={"las_mm": ["latency/devices/*.yaml", "mask_page.html"]},
         # torch and OpenMMLab's packages exist in several builds under several names, so they are
         # the user's choice: requirements/stacks lists what was tested, las_mm checks the imports.
         install_requires=["filelock", "numpy", "PyYAML", "rich", "tensorboard"],

@@ -140,7 +140,8 @@ def test_the_tool_draws_every_kind(config, folder, tmp_path, monkeypatch, rgb):
 
     monkeypatch.setattr(drawing, "draw_masks", draw)
     visualize([str(config), str(folder), "--out-dir", str(tmp_path)])
-    assert len(shown) == len(KINDS) == len(list(tmp_path.iterdir()))
+    assert len(shown) == len(KINDS) == len(list(tmp_path.glob("*.png")))
+    assert (tmp_path / "index.html").is_file()
     for name in KINDS:
         stem = name.rpartition(".")[0]
         wanted = expected(name, rgb)

@@ -1,7 +1,8 @@
 """Draw what a dynamic detector finds in images, and where it computed.
 
 Each picture shows the predictions beside maps of the share of dynamic blocks that computed at
-each pixel, over all blocks and per stage.
+each pixel, over all blocks and per stage. OUT_DIR/index.html has all images on one page, with every
+block's decisions, rates and milliseconds; it opens without a server.
 
 las_mm masks configs/mask_rcnn_lasnet_r50_overfit.py data/coco/val2017 \\
     --checkpoint work_dirs/mask_rcnn_lasnet_r50_overfit/epoch_125.pth --out-dir masks
@@ -11,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.config import Config
@@ -24,6 +28,9 @@ from las_mm.cli.parser import add_cfg_options, add_trust
 from las_mm.configs import build_model, load_config
 from las_mm.dependencies import require
 from las_mm.errors import UserError, as_user_errors
+from las_mm.latency import predict
+from las_mm.latency.device import AnyDevice, load_device
+from las_mm.mask_page import MaskPage
 from las_mm.models.finding import collect_activations, find_dynamic_backbone, find_dynamic_backbones
 from las_mm.pictures import UnreadableImage, check_whole, read_image, to_rgb
 from las_mm.visualization import draw_masks, require_matplotlib, write_png
@@ -88,28 +95,83 @@ def local_reader(config: Config) -> list:
     return [TRANSFORMS.build(first)]
 
 
+@contextmanager
+def stopwatch(module: nn.Module) -> Iterator[list[float]]:
+    """Milliseconds of the calls of a module meanwhile; on a GPU only of launching its kernels."""
+    starts: list[float] = []
+    found: list[float] = []
+
+    def stop(*_) -> None:
+        found.append(1e3 * (time.perf_counter() - starts[-1]))
+
+    handles = [
+        module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+        module.register_forward_hook(stop),
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def visualize(
-    model: nn.Module, images: list[Path], out_dir: Path, score_thr: float, module: str | None = None
+    model: nn.Module,
+    images: list[Path],
+    out_dir: Path,
+    score_thr: float,
+    module: str | None = None,
+    device: AnyDevice | None = None,
 ) -> None:
-    """Run the detector on each image and write its picture."""
+    """Run the detector on each image and write its picture, and the page of all.
+
+    Args:
+        model: See :func:`build_detector`.
+        images: Files.
+        out_dir: Folder of the pictures and of ``index.html``.
+        score_thr: Detections that score higher are drawn.
+        module: Which dynamic backbone, where there are several.
+        device: What the page predicts latencies for.
+    """
     from mmdet.apis import inference_detector
 
     reader = local_reader(model.cfg)
-    for path, name in zip(track(images, description="images"), picture_names(images)):
-        with as_user_errors(UnreadableImage):
-            check_whole(path)
-            image = read_image(str(path), reader)
-        # Not the path: the picture shows the pixels that the network gets.
-        sample = inference_detector(model, image)
-        picture = draw_masks(
-            to_rgb(image),
-            collect_activations(model, module),
-            data_sample=sample,
-            dataset_meta=model.dataset_meta,
-            score_thr=score_thr,
-            title=path.stem,
-        )
-        write_png(out_dir / name, picture)
+    backbone = find_dynamic_backbone(model, module)
+    # A GPU is not waited for, which a stopwatch on the host would have to.
+    measures = next(model.parameters()).device.type == "cpu"
+    title = Path(model.cfg.filename).stem
+    named = None if device is None else device.name
+    page = MaskPage(out_dir / "index.html", title, named)
+    with page, stopwatch(backbone) as milliseconds:
+        for path, name in zip(track(images, description="images"), picture_names(images)):
+            with as_user_errors(UnreadableImage):
+                check_whole(path)
+                image = read_image(str(path), reader)
+            # Not the path: the picture shows the pixels that the network gets.
+            sample = inference_detector(model, image)
+            if len(milliseconds) == 1:  # weights were packed, and the forms of blocks measured
+                sample = inference_detector(model, image)
+            activation = collect_activations(model, module)
+            picture = draw_masks(
+                to_rgb(image),
+                activation,
+                data_sample=sample,
+                dataset_meta=model.dataset_meta,
+                score_thr=score_thr,
+                title=path.stem,
+            )
+            write_png(out_dir / name, picture)
+            size = (1, activation.shape.channels, *activation.shape.input_hw)
+            page.add(
+                path.name,
+                to_rgb(image),
+                activation,
+                sample.metainfo,
+                measured_ms=milliseconds[-1] if measures else None,
+                predicted_ms=None
+                if device is None
+                else 1e3 * predict(backbone, device, size).latency_s,
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-thr", type=float, default=0.3, help="draw detections above it (default: 0.3)")
     add("--module", help="the dynamic backbone, where a model has several")
     add("--device", default="cpu", help="where to compute, e.g. cuda:0 (default: cpu)")
+    add("--predict", metavar="DEVICE", help="also predict latencies for it, e.g. tx2 (or its file)")
     add_trust(parser)
     add_cfg_options(parser)
 
@@ -138,11 +201,13 @@ def run(args: argparse.Namespace) -> None:
     require("mmdet", "drawing what a detector finds")
     require_matplotlib()
     images = find_images(args.images)
+    with as_user_errors(ValueError):
+        device = None if args.predict is None else load_device(args.predict)
     config = load_config(args.config, args.cfg_options)
     if args.checkpoint is None:
         print("No --checkpoint: the weights are random.", file=sys.stderr)
     model = build_detector(config, args.checkpoint, args.trust_checkpoint, args.device)
     with as_user_errors(ValueError):
         find_dynamic_backbone(model, args.module)
-    visualize(model, images, args.out_dir, args.score_thr, args.module)
-    print(f"{len(images)} pictures written to {args.out_dir}")
+    visualize(model, images, args.out_dir, args.score_thr, args.module, device)
+    print(f"{len(images)} pictures written to {args.out_dir}, all on one page in index.html")
