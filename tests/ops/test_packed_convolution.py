@@ -109,6 +109,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.las_mm.packed_conv2d.default, tuple(values))
 
 
+@needs.FLOPS
 def test_flops():
     values, _ = draw(*ONE)
     with FlopCounterMode(display=False) as counter:
