@@ -142,28 +142,28 @@ class _Forms:
 
     def _bottleneck(self, kind: BlockKind, weight: Callable[..., Tensor]) -> _Make:
         x = self._x
-        dense = [
+        kernels = [
             weight(kind.width, kind.c_in, 1, 1),
             weight(kind.width, kind.width // kind.groups, 3, 3),
             weight(kind.c_out, kind.width, 1, 1),
         ]
-        biases = [torch.zeros(n, **_HERE) for n in (kind.width, kind.width, kind.c_out)]
         if kind.downsample:
-            dense.append(weight(kind.c_out, kind.c_in, 1, 1))
-            biases.append(torch.zeros(kind.c_out, **_HERE))
-        packed = [ops.pack_conv(w, g) for w, g in zip(dense, (1, kind.groups, 1, 1))]
-        tiles = ops.pack_winograd(dense[1]) if kind.tiled else None
-        dense = [w.contiguous(memory_format=torch.channels_last) for w in dense]
+            kernels.append(weight(kind.c_out, kind.c_in, 1, 1))
+        kernels = [w.contiguous(memory_format=torch.channels_last) for w in kernels]
+        biases = [torch.zeros(len(kernel), **_HERE) for kernel in kernels]
+        geometry = kind.strides, kind.dilation, kind.groups
+        full = ops.pack_bottleneck(kernels, biases, *geometry, dense=True, winograd_cost=0.0)
 
         def run(mask: Tensor, winograd: bool, dense_above: float) -> Callable[[], Tensor]:
-            last = (0.0, dense if dense_above < 0 else None, dense_above)
-            form = tiles if winograd else None
+            pack = full._replace(
+                winograd=full.winograd if winograd else None,
+                dense=full.dense if dense_above < 0 else None,
+                dense_above=dense_above,
+            )
             if kind.downsample:
-                args = (None, 2, kind.strides, kind.dilation, kind.groups, *last)
-                return lambda: ops.sparse_bottleneck(x, mask, packed, biases, form, *args)
+                return lambda: ops.sparse_bottleneck(x, mask, pack, 2)
             # In place, as inside a stage.
-            args = (2, kind.dilation, kind.groups, *last)
-            return lambda: ops.sparse_bottleneck_(x, mask, packed, biases, form, *args)
+            return lambda: ops.sparse_bottleneck_(x, mask, pack, 2)
 
         return run
 

@@ -16,7 +16,12 @@ import torch
 
 from las_mm.ops.basic import BasicPack, pack_basic, sparse_basic, sparse_basic_
 from las_mm.ops.basic_channels import channel_basic, channel_basic_
-from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
+from las_mm.ops.bottleneck import (
+    BottleneckPack,
+    pack_bottleneck,
+    sparse_bottleneck,
+    sparse_bottleneck_,
+)
 from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mask, channel_mean
 from las_mm.ops.contents import (
     MANY_POSITIONS,
@@ -47,6 +52,7 @@ from las_mm.ops.packing import pack_conv, pack_stem, pack_winograd
 
 __all__ = [
     "BasicPack",
+    "BottleneckPack",
     "ConvPack",
     "DenseLayerPack",
     "LAYER",
@@ -79,6 +85,7 @@ __all__ = [
     "masker_conv1x1",
     "native_available",
     "pack_basic",
+    "pack_bottleneck",
     "pack_conv",
     "pack_conv2d",
     "pack_dense_layer",

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from las_mm.compat import register_fake
 from las_mm.ops.bottleneck import check_in_place, check_shortcut_map
 from las_mm.ops.convolution import (
     CHANNELS_LAST,
@@ -20,7 +19,7 @@ from las_mm.ops.convolution import (
     empty_map,
     expand,
 )
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import check_kind, check_map, check_stride, check_vector
 from las_mm.ops.packing import pack_conv, pack_winograd, unpack_winograd
 
@@ -289,12 +288,8 @@ def _fake_(x: Tensor, *arguments) -> None:
     _check(x, a)
 
 
-LIBRARY.define(f"sparse_basic(Tensor x, {_SCHEMA}) -> Tensor")
-LIBRARY.impl("sparse_basic", _reference, "CompositeExplicitAutograd")
-register_fake("las_mm::sparse_basic", _fake, lib=LIBRARY)
-LIBRARY.define(f"sparse_basic_(Tensor(a!) x, {_SCHEMA}) -> ()")
-LIBRARY.impl("sparse_basic_", _reference_, "CompositeExplicitAutograd")
-register_fake("las_mm::sparse_basic_", _fake_, lib=LIBRARY)
+register(f"sparse_basic(Tensor x, {_SCHEMA}) -> Tensor", _reference, _fake)
+register(f"sparse_basic_(Tensor(a!) x, {_SCHEMA}) -> ()", _reference_, _fake_)
 
 
 def _unpacked(pack: BasicPack, granularity: int) -> tuple:

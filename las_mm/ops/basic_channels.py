@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from las_mm.compat import register_fake
 from las_mm.ops import basic
 from las_mm.ops.basic import BasicPack
 from las_mm.ops.bottleneck import check_in_place
 from las_mm.ops.convolution import empty_map, expand
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import check_channel_mask, check_vector
 
 _SCHEMA = (
@@ -89,12 +88,8 @@ def _fake_(x: Tensor, *arguments) -> None:
     _check(x, a)
 
 
-LIBRARY.define(f"channel_basic(Tensor x, {_SCHEMA}) -> Tensor")
-LIBRARY.impl("channel_basic", _reference, "CompositeExplicitAutograd")
-register_fake("las_mm::channel_basic", _fake, lib=LIBRARY)
-LIBRARY.define(f"channel_basic_(Tensor(a!) x, {_SCHEMA}) -> ()")
-LIBRARY.impl("channel_basic_", _reference_, "CompositeExplicitAutograd")
-register_fake("las_mm::channel_basic_", _fake_, lib=LIBRARY)
+register(f"channel_basic(Tensor x, {_SCHEMA}) -> Tensor", _reference, _fake)
+register(f"channel_basic_(Tensor(a!) x, {_SCHEMA}) -> ()", _reference_, _fake_)
 
 
 def _unpacked(pack: BasicPack, granularity: int) -> tuple:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from las_mm.compat import register_fake
 from las_mm.ops.convolution import (
     CHANNELS_LAST,
     check_mask,
@@ -18,9 +17,9 @@ from las_mm.ops.convolution import (
     empty_map,
     expand,
 )
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import ceil_div, check_kind, check_map, check_strides, check_vector
-from las_mm.ops.packing import unpack_winograd
+from las_mm.ops.packing import pack_conv, pack_winograd, unpack_winograd
 
 _SCHEMA = (
     "Tensor? mask, Tensor[] weights, Tensor[] biases, Tensor? winograd, Tensor? shortcut, "
@@ -29,8 +28,100 @@ _SCHEMA = (
 )
 
 
+class BottleneckPack(NamedTuple):
+    """The convolutions of a bottleneck: conv1, conv2, conv3 and, where it has one, its shortcut.
+
+    :func:`pack_bottleneck` makes it, once; the ops that take it check that it fits.
+
+    Attributes:
+        weights: Packed by :func:`~las_mm.ops.pack_conv`, dtype of the features; conv2's may be
+            empty if ``winograd`` is given.
+        biases: float32, with BN folded in.
+        winograd: conv2's weight packed by :func:`~las_mm.ops.pack_winograd`, or ``None``; float32
+            blocks with stride, dilation and groups 1 only.
+        dense: All weights as they are, for dense convolutions, or ``None``.
+        excitation: Squeeze-and-excitation between conv2 and conv3, pooled over the kept positions
+            of each image: weight (Q, M) and bias (Q,) of its first layer, weight (M, Q) and bias
+            (M,) of its second, float32, where M are the channels of conv2. Not with ``winograd``;
+            not on a GPU.
+        strides: Of conv1 and conv2.
+        dilation: Dilation and padding of conv2.
+        groups: Groups of conv2.
+        winograd_cost: Time of a multiplication in the Winograd form relative to the direct form;
+            decides which of the two serves a mask that cuts through 2x2 tiles.
+        dense_above: If ``dense`` is given, dense convolutions run where a larger share of the
+            outputs is kept.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    winograd: Tensor | None = None
+    dense: Sequence[Tensor] | None = None
+    excitation: Sequence[Tensor] | None = None
+    strides: Sequence[int] = (1, 1)
+    dilation: int = 1
+    groups: int = 1
+    winograd_cost: float = 1.0
+    dense_above: float = 1.0
+
+
+def pack_bottleneck(
+    kernels: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    strides: Sequence[int] = (1, 1),
+    dilation: int = 1,
+    groups: int = 1,
+    *,
+    excitation: Sequence[Tensor] | None = None,
+    direct: bool = True,
+    winograd: bool = True,
+    dense: bool = False,
+    winograd_cost: float = 1.0,
+    dense_above: float = 1.0,
+) -> BottleneckPack:
+    """Pack a bottleneck for :func:`sparse_bottleneck`.
+
+    Args:
+        kernels: Weights of conv1 (M, C_in, 1, 1), conv2 (M, M / groups, 3, 3), conv3 (C_out, M, 1,
+            1) and, where the block has one, the downsample convolution (C_out, C_in, 1, 1), BN
+            folded in; float32 or bfloat16.
+        biases: Their biases.
+        strides: Of conv1 and conv2.
+        dilation: Of conv2.
+        groups: Of conv2.
+        excitation: See :class:`BottleneckPack`.
+        direct: Whether to keep the direct form of conv2 if it has a Winograd form too.
+        winograd: Whether to make the Winograd form of conv2 where there is one.
+        dense: Whether to keep the weights for dense convolutions.
+        winograd_cost: See :class:`BottleneckPack`.
+        dense_above: See :class:`BottleneckPack`.
+
+    Raises:
+        ValueError: A wrong shape or dtype.
+    """
+    plain = (strides[1], dilation, groups) == (1, 1, 1) and excitation is None
+    tiled = winograd and plain and kernels[0].dtype == torch.float32
+    return BottleneckPack(
+        weights=[
+            kernel.new_empty(0)
+            if i == 1 and tiled and not direct
+            else pack_conv(kernel, groups if i == 1 else 1)
+            for i, kernel in enumerate(kernels)
+        ],
+        biases=[bias.float() for bias in biases],
+        winograd=pack_winograd(kernels[1]) if tiled else None,
+        dense=list(kernels) if dense else None,
+        excitation=excitation,
+        strides=tuple(strides),
+        dilation=dilation,
+        groups=groups,
+        winograd_cost=winograd_cost,
+        dense_above=dense_above,
+    )
+
+
 class _Arguments(NamedTuple):
-    """All arguments after ``x``, see :func:`sparse_bottleneck`."""
+    """All arguments after ``x``."""
 
     mask: Tensor | None
     weights: Sequence[Tensor]
@@ -227,29 +318,16 @@ def _fake_(x: Tensor, *arguments) -> None:
     _check(x, a)
 
 
-LIBRARY.define(f"sparse_bottleneck(Tensor x, {_SCHEMA}) -> Tensor")
-LIBRARY.impl("sparse_bottleneck", _reference, "CompositeExplicitAutograd")
-register_fake("las_mm::sparse_bottleneck", _fake, lib=LIBRARY)
-LIBRARY.define(f"sparse_bottleneck_(Tensor(a!) x, {_SCHEMA}) -> ()")
-LIBRARY.impl("sparse_bottleneck_", _reference_, "CompositeExplicitAutograd")
-register_fake("las_mm::sparse_bottleneck_", _fake_, lib=LIBRARY)
+register(f"sparse_bottleneck(Tensor x, {_SCHEMA}) -> Tensor", _reference, _fake)
+register(f"sparse_bottleneck_(Tensor(a!) x, {_SCHEMA}) -> ()", _reference_, _fake_)
 
 
 def sparse_bottleneck(
     x: Tensor,
     mask: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    winograd: Tensor | None = None,
-    shortcut: Tensor | None = None,
+    pack: BottleneckPack,
     granularity: int = 1,
-    strides: Sequence[int] = (1, 1),
-    dilation: int = 1,
-    groups: int = 1,
-    winograd_cost: float = 1.0,
-    dense: Sequence[Tensor] | None = None,
-    dense_above: float = 1.0,
-    excitation: Sequence[Tensor] | None = None,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     """relu(shortcut + mask * conv3(relu(conv2(relu(conv1(x)))))), computed at kept outputs only.
 
@@ -258,27 +336,10 @@ def sparse_bottleneck(
     Args:
         x: Block input, (N, C_in, H, W), float32 or bfloat16.
         mask: Decision per patch, (N, 1, ceil(H_out/S), ceil(W_out/S)), or ``None``: all are kept.
-        weights: Weights of conv1 (1x1), conv2 (3x3), conv3 (1x1) and, where the block has one, the
-            downsample convolution (1x1), packed by :func:`~las_mm.ops.pack_conv`, dtype of ``x``.
-            conv2's may be empty if ``winograd`` is given.
-        biases: Their biases, float32.
-        winograd: conv2's weight packed by :func:`~las_mm.ops.pack_winograd`; float32 blocks with
-            stride, dilation and groups 1 only.
+        pack: The block's convolutions.
+        granularity: S in output pixels; :data:`~las_mm.ops.LAYER` for one decision per image.
         shortcut: What the downsample convolution reads if that is not ``x`` with the block's
             stride: (N, C, H_out, W_out), e.g. an average-pooled ``x``.
-        granularity: S in output pixels; :data:`LAYER` for one decision per image.
-        strides: Strides of conv1 and conv2.
-        dilation: Dilation (and padding) of conv2.
-        groups: Groups of conv2.
-        winograd_cost: Time of a multiplication in the Winograd form relative to the direct form;
-            decides which of the two serves a mask that cuts through 2x2 tiles.
-        dense: The same weights as ``weights``, not packed, or ``None``.
-        dense_above: If ``dense`` is given, dense convolutions run where a larger share of the
-            outputs is kept.
-        excitation: Squeeze-and-excitation between conv2 and conv3, pooled over the kept positions
-            of each image: weight (Q, M) and bias (Q,) of its first layer, weight (M, Q) and bias
-            (M,) of its second, float32, where M are the channels of conv2. Not with ``winograd``;
-            not on a GPU.
 
     Returns:
         (N, C_out, H_out, W_out), channels_last.
@@ -286,37 +347,12 @@ def sparse_bottleneck(
     Raises:
         ValueError: A shape, dtype or device does not fit, or the mask is not finite.
     """
-    return torch.ops.las_mm.sparse_bottleneck(
-        x,
-        mask,
-        weights,
-        biases,
-        winograd,
-        shortcut,
-        granularity,
-        strides,
-        dilation,
-        groups,
-        winograd_cost,
-        dense,
-        dense_above,
-        excitation,
-    )
+    arguments = mask, *_unpacked(pack, granularity, shortcut)
+    return torch.ops.las_mm.sparse_bottleneck(x, *arguments)
 
 
 def sparse_bottleneck_(
-    x: Tensor,
-    mask: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    winograd: Tensor | None = None,
-    granularity: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    winograd_cost: float = 1.0,
-    dense: Sequence[Tensor] | None = None,
-    dense_above: float = 1.0,
-    excitation: Sequence[Tensor] | None = None,
+    x: Tensor, mask: Tensor | None, pack: BottleneckPack, granularity: int = 1
 ) -> Tensor:
     """:func:`sparse_bottleneck` of a block without downsample convolution, written into ``x``.
 
@@ -327,20 +363,13 @@ def sparse_bottleneck_(
     Returns:
         ``x``.
     """
-    torch.ops.las_mm.sparse_bottleneck_(
-        x,
-        mask,
-        weights,
-        biases,
-        winograd,
-        None,
-        granularity,
-        (1, 1),
-        dilation,
-        groups,
-        winograd_cost,
-        dense,
-        dense_above,
-        excitation,
-    )
+    torch.ops.las_mm.sparse_bottleneck_(x, mask, *_unpacked(pack, granularity, None))
     return x
+
+
+def _unpacked(pack: BottleneckPack, granularity: int, shortcut: Tensor | None) -> tuple:
+    """What follows the mask in the schema."""
+    geometry = granularity, pack.strides, pack.dilation, pack.groups
+    dense = pack.dense, pack.dense_above
+    tensors = pack.weights, pack.biases, pack.winograd, shortcut
+    return *tensors, *geometry, pack.winograd_cost, *dense, pack.excitation

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from las_mm.compat import register_fake
 from las_mm.ops import bottleneck
+from las_mm.ops.bottleneck import BottleneckPack
 from las_mm.ops.convolution import convolve, empty_map, expand
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import check_channel_mask, check_kind, check_map, check_vector
 from las_mm.ops.packing import unpack_winograd
 
@@ -26,7 +26,7 @@ _SCHEMA = (
 
 
 class _Arguments(NamedTuple):
-    """All arguments after ``x``, see :func:`channel_bottleneck`."""
+    """All arguments after ``x``."""
 
     mask: Tensor | None
     channel_mask: Tensor
@@ -114,46 +114,37 @@ def _fake_(x: Tensor, *arguments) -> None:
     _check(x, a)
 
 
-LIBRARY.define(f"channel_bottleneck(Tensor x, {_SCHEMA}) -> Tensor")
-LIBRARY.impl("channel_bottleneck", _reference, "CompositeExplicitAutograd")
-register_fake("las_mm::channel_bottleneck", _fake, lib=LIBRARY)
-LIBRARY.define(f"channel_bottleneck_(Tensor(a!) x, {_SCHEMA}) -> ()")
-LIBRARY.impl("channel_bottleneck_", _reference_, "CompositeExplicitAutograd")
-register_fake("las_mm::channel_bottleneck_", _fake_, lib=LIBRARY)
+register(f"channel_bottleneck(Tensor x, {_SCHEMA}) -> Tensor", _reference, _fake)
+register(f"channel_bottleneck_(Tensor(a!) x, {_SCHEMA}) -> ()", _reference_, _fake_)
 
 
 def channel_bottleneck(
     x: Tensor,
-    mask: Tensor | None,
     channel_mask: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    constants: Sequence[Tensor] | None = None,
-    winograd: Tensor | None = None,
-    shortcut: Tensor | None = None,
+    mask: Tensor | None,
+    pack: BottleneckPack,
     granularity: int = 1,
-    strides: Sequence[int] = (1, 1),
-    dilation: int = 1,
-    groups: int = 1,
-    winograd_cost: float = 1.0,
-    excitation: Sequence[Tensor] | None = None,
+    shortcut: Tensor | None = None,
+    constants: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """:func:`~las_mm.ops.sparse_bottleneck` of which every image computes some channels only.
 
     LAUDNet (arXiv 2308.15949), section 3.2: one channel mask gates the outputs of conv1 and of
     conv2, with BN folded into the convolutions. With the share rho of the channels wanted, conv1
     and conv3 cost rho and conv2 rho^2 of the whole; with ``mask`` also only at kept outputs. No
-    gradient.
+    gradient; ``pack.dense`` is not used.
 
     Args:
-        x, mask, weights, biases, winograd, shortcut, granularity, strides, dilation, groups,
-            winograd_cost: See :func:`~las_mm.ops.sparse_bottleneck`.
+        x: As there.
         channel_mask: Decision per image and group of consecutive channels, (N, k); k divides the
             width of the block, a group has width / k channels.
+        mask: As there.
+        pack: As there; skipped channels enter the means of its excitation as zeros.
+        granularity: As there.
+        shortcut: As there.
         constants: What skipped channels of conv1's and of conv2's output hold, two float32 vectors
             of the block's width, e.g. relu(BN(0)) where the mask lies before the norm; ``None``:
-            zero. conv2's padding is zero all the same.
-        excitation: As there; skipped channels enter its means as zeros. Not with ``constants``.
+            zero. conv2's padding is zero all the same. Not with excitation.
 
     Returns:
         (N, C_out, H_out, W_out), channels_last.
@@ -161,37 +152,17 @@ def channel_bottleneck(
     Raises:
         ValueError: A shape, dtype or device does not fit, or a mask is not finite.
     """
-    return torch.ops.las_mm.channel_bottleneck(
-        x,
-        mask,
-        channel_mask,
-        weights,
-        biases,
-        constants,
-        winograd,
-        shortcut,
-        granularity,
-        strides,
-        dilation,
-        groups,
-        winograd_cost,
-        excitation,
-    )
+    arguments = _unpacked(channel_mask, mask, pack, granularity, shortcut, constants)
+    return torch.ops.las_mm.channel_bottleneck(x, *arguments)
 
 
 def channel_bottleneck_(
     x: Tensor,
-    mask: Tensor | None,
     channel_mask: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    constants: Sequence[Tensor] | None = None,
-    winograd: Tensor | None = None,
+    mask: Tensor | None,
+    pack: BottleneckPack,
     granularity: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    winograd_cost: float = 1.0,
-    excitation: Sequence[Tensor] | None = None,
+    constants: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """:func:`channel_bottleneck` of a block without downsample convolution, written into ``x``.
 
@@ -200,23 +171,22 @@ def channel_bottleneck_(
     Returns:
         ``x``.
     """
-    torch.ops.las_mm.channel_bottleneck_(
-        x,
-        mask,
-        channel_mask,
-        weights,
-        biases,
-        constants,
-        winograd,
-        None,
-        granularity,
-        (1, 1),
-        dilation,
-        groups,
-        winograd_cost,
-        excitation,
-    )
+    arguments = _unpacked(channel_mask, mask, pack, granularity, None, constants)
+    torch.ops.las_mm.channel_bottleneck_(x, *arguments)
     return x
+
+
+def _unpacked(
+    channel_mask: Tensor,
+    mask: Tensor | None,
+    pack: BottleneckPack,
+    granularity: int,
+    shortcut: Tensor | None,
+    constants: Sequence[Tensor] | None,
+) -> tuple:
+    tensors = mask, channel_mask, pack.weights, pack.biases, constants, pack.winograd, shortcut
+    geometry = granularity, pack.strides, pack.dilation, pack.groups
+    return *tensors, *geometry, pack.winograd_cost, pack.excitation
 
 
 # channel_mean ------------------------------------------------------------------------------------
@@ -232,9 +202,7 @@ def _channel_mean_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-LIBRARY.define("channel_mean(Tensor x) -> Tensor")
-LIBRARY.impl("channel_mean", _channel_mean_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::channel_mean", _channel_mean_fake, lib=LIBRARY)
+register("channel_mean(Tensor x) -> Tensor", _channel_mean_reference, _channel_mean_fake)
 
 
 def channel_mean(x: Tensor) -> Tensor:
@@ -306,11 +274,11 @@ def _channel_mask_fake(
     return x.new_empty((x.shape[0], decisions), dtype=torch.bool)
 
 
-LIBRARY.define(
-    "channel_mask(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? offset) -> Tensor"
+register(
+    "channel_mask(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? offset) -> Tensor",
+    _channel_mask_reference,
+    _channel_mask_fake,
 )
-LIBRARY.impl("channel_mask", _channel_mask_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::channel_mask", _channel_mask_fake, lib=LIBRARY)
 
 
 def channel_mask(

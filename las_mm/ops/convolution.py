@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from las_mm.compat import register_fake
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import (
     MASK_DTYPES,
     _dilate_mask_reference,
@@ -138,13 +137,13 @@ def _masker_conv1x1_fake(
     return (*decided, empty_map(x, bias.numel(), conv_size(x, strides[0])))
 
 
-LIBRARY.define(
+register(
     "masker_conv1x1(Tensor x, Tensor masker_weight, Tensor masker_bias, Tensor? offset, "
     "Tensor weight, Tensor bias, int granularity, int[2] strides, int dilation) "
-    "-> (Tensor mask, Tensor rates, Tensor hidden)"
+    "-> (Tensor mask, Tensor rates, Tensor hidden)",
+    _masker_conv1x1_reference,
+    _masker_conv1x1_fake,
 )
-LIBRARY.impl("masker_conv1x1", _masker_conv1x1_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::masker_conv1x1", _masker_conv1x1_fake, lib=LIBRARY)
 
 
 def masker_conv1x1(
@@ -235,12 +234,12 @@ def _gather_conv3x3_fake(
     return empty_map(hidden, bias.numel(), size)
 
 
-LIBRARY.define(
+register(
     "gather_conv3x3(Tensor hidden, Tensor mask, Tensor weight, Tensor bias, int granularity, "
-    "int stride, int dilation, int groups) -> Tensor"
+    "int stride, int dilation, int groups) -> Tensor",
+    _gather_conv3x3_reference,
+    _gather_conv3x3_fake,
 )
-LIBRARY.impl("gather_conv3x3", _gather_conv3x3_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::gather_conv3x3", _gather_conv3x3_fake, lib=LIBRARY)
 
 
 def gather_conv3x3(
@@ -308,12 +307,12 @@ def _conv1x1_scatter_add_reference(
     residual.copy_(torch.where(kept, out, residual.float()))
 
 
-LIBRARY.define(
+register(
     "conv1x1_scatter_add_(Tensor(a!) residual, Tensor x, Tensor mask, Tensor weight, Tensor bias, "
-    "int granularity) -> ()"
+    "int granularity) -> ()",
+    _conv1x1_scatter_add_reference,
+    _conv1x1_scatter_add_check,
 )
-LIBRARY.impl("conv1x1_scatter_add_", _conv1x1_scatter_add_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::conv1x1_scatter_add_", _conv1x1_scatter_add_check, lib=LIBRARY)
 
 
 def conv1x1_scatter_add_(

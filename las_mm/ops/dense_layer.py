@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from las_mm.compat import register_fake
 from las_mm.ops.basic import check_conv3x3, convolve3x3
 from las_mm.ops.convolution import check_mask, check_packed, convolve, expand
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import check_map, check_vector
 from las_mm.ops.packing import pack_conv, pack_winograd
 
@@ -123,12 +122,12 @@ def _fake(buffer: Tensor, *arguments) -> None:
     _check(buffer, _Arguments(*arguments))
 
 
-LIBRARY.define(
+register(
     "sparse_dense_layer_(Tensor(a!) buffer, Tensor? mask, Tensor[] weights, Tensor[] vectors, "
-    "Tensor[] winograd, int granularity, float winograd_cost) -> ()"
+    "Tensor[] winograd, int granularity, float winograd_cost) -> ()",
+    _reference,
+    _fake,
 )
-LIBRARY.impl("sparse_dense_layer_", _reference, "CompositeExplicitAutograd")
-register_fake("las_mm::sparse_dense_layer_", _fake, lib=LIBRARY)
 
 
 def sparse_dense_layer_(

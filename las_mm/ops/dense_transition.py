@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from las_mm.compat import register_fake
 from las_mm.ops.convolution import check_packed, convolve
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import check_kind, check_map, check_vector
 from las_mm.ops.packing import pack_conv
 
@@ -77,11 +76,11 @@ def _fake(out: Tensor, buffer: Tensor, weight: Tensor, vectors: Sequence[Tensor]
     _check(out, buffer, weight, vectors)
 
 
-LIBRARY.define(
-    "dense_transition_(Tensor(a!) out, Tensor buffer, Tensor weight, Tensor[] vectors) -> ()"
+register(
+    "dense_transition_(Tensor(a!) out, Tensor buffer, Tensor weight, Tensor[] vectors) -> ()",
+    _reference,
+    _fake,
 )
-LIBRARY.impl("dense_transition_", _reference, "CompositeExplicitAutograd")
-register_fake("las_mm::dense_transition_", _fake, lib=LIBRARY)
 
 
 def dense_transition_(out: Tensor, buffer: Tensor, pack: TransitionPack) -> Tensor:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 
 import torch
 from mmengine.logging import print_log
 
+from las_mm.compat import register_fake
+
 LIBRARY = torch.library.Library("las_mm", "DEF")
 _BUILD_COMMAND = "pip install -e . --no-build-isolation"
+
+
+def register(schema: str, reference: Callable, fake: Callable) -> None:
+    """Define an op by its schema, with the implementation for every device and the one of shapes.
+
+    Args:
+        schema: ``name(arguments) -> results``.
+        reference: Plain PyTorch; a native kernel takes precedence where there is one.
+        fake: Checks the arguments and returns empty tensors of the right shapes.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    register_fake(f"las_mm::{name}", fake, lib=LIBRARY)
 
 
 def load_native() -> bool:

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from las_mm.compat import register_fake
 from las_mm.ops.convolution import CHANNELS_LAST, check_packed, empty_map
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import ceil_div, check_map, check_vector
 from las_mm.ops.packing import unpack_conv
 
@@ -38,9 +37,11 @@ def _conv_pool_stem_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return empty_map(x, bias.numel(), _conv_pool_stem_check(x, weight, bias))
 
 
-LIBRARY.define("conv_pool_stem(Tensor x, Tensor weight, Tensor bias) -> Tensor")
-LIBRARY.impl("conv_pool_stem", _conv_pool_stem_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::conv_pool_stem", _conv_pool_stem_fake, lib=LIBRARY)
+register(
+    "conv_pool_stem(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    _conv_pool_stem_reference,
+    _conv_pool_stem_fake,
+)
 
 
 def conv_pool_stem(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -73,9 +74,7 @@ def _to_nchw_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-LIBRARY.define("to_nchw(Tensor x) -> Tensor")
-LIBRARY.impl("to_nchw", _to_nchw_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::to_nchw", _to_nchw_fake, lib=LIBRARY)
+register("to_nchw(Tensor x) -> Tensor", _to_nchw_reference, _to_nchw_fake)
 
 
 def to_nchw(x: Tensor) -> Tensor:

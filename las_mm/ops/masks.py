@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from las_mm.compat import register_fake
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 
 LAYER = 1 << 30
 """Granularity of a block that decides for the whole image (layer mode)."""
@@ -86,12 +85,12 @@ def _dilate_mask_fake(
     )
 
 
-LIBRARY.define(
+register(
     "dilate_mask(Tensor mask, int granularity, SymInt[2] size, int stride, int dilation) "
-    "-> (Tensor halo, Tensor counts)"
+    "-> (Tensor halo, Tensor counts)",
+    _dilate_mask_reference,
+    _dilate_mask_fake,
 )
-LIBRARY.impl("dilate_mask", _dilate_mask_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::dilate_mask", _dilate_mask_fake, lib=LIBRARY)
 
 
 def dilate_mask(
@@ -268,12 +267,12 @@ def _spatial_mask_fake(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     return mask, x.new_empty((2,), dtype=torch.float32)
 
 
-LIBRARY.define(
+register(
     "spatial_mask(Tensor x, Tensor weight, Tensor bias, Tensor? offset, int granularity, "
-    "int[2] strides, int dilation) -> (Tensor mask, Tensor rates)"
+    "int[2] strides, int dilation) -> (Tensor mask, Tensor rates)",
+    _spatial_mask_reference,
+    _spatial_mask_fake,
 )
-LIBRARY.impl("spatial_mask", _spatial_mask_reference, "CompositeExplicitAutograd")
-register_fake("las_mm::spatial_mask", _spatial_mask_fake, lib=LIBRARY)
 
 
 def _patch_mask_default(*arguments: Any) -> Tensor:
@@ -281,13 +280,11 @@ def _patch_mask_default(*arguments: Any) -> Tensor:
 
 
 # Without the rates, which a GPU counts in launches of their own.
-LIBRARY.define(
+register(
     "patch_mask(Tensor x, Tensor weight, Tensor bias, Tensor? offset, int granularity, "
-    "int[2] strides, int dilation) -> Tensor mask"
-)
-LIBRARY.impl("patch_mask", _patch_mask_default, "CompositeExplicitAutograd")
-register_fake(
-    "las_mm::patch_mask", lambda *arguments: _spatial_mask_fake(*arguments)[0], lib=LIBRARY
+    "int[2] strides, int dilation) -> Tensor mask",
+    _patch_mask_default,
+    lambda *arguments: _spatial_mask_fake(*arguments)[0],
 )
 
 

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from las_mm.compat import register_fake
 from las_mm.ops.basic import check_conv3x3, convolve3x3
 from las_mm.ops.convolution import CHANNELS_LAST, check_packed, conv_size, convolve, empty_map
-from las_mm.ops.library import LIBRARY
+from las_mm.ops.library import register
 from las_mm.ops.masks import check_map, check_stride, check_vector
 from las_mm.ops.packing import pack_conv, pack_winograd
 
@@ -123,12 +122,12 @@ def _fake(x: Tensor, weight: Tensor, winograd: Tensor, bias: Tensor, *geometry) 
     return empty_map(x, bias.numel(), conv_size(x, geometry[1]))
 
 
-LIBRARY.define(
+register(
     "packed_conv2d(Tensor x, Tensor weight, Tensor winograd, Tensor bias, int kernel, int stride, "
-    "int dilation, bool relu) -> Tensor"
+    "int dilation, bool relu) -> Tensor",
+    _reference,
+    _fake,
 )
-LIBRARY.impl("packed_conv2d", _reference, "CompositeExplicitAutograd")
-register_fake("las_mm::packed_conv2d", _fake, lib=LIBRARY)
 
 
 def packed_conv2d(x: Tensor, pack: ConvPack, relu: bool = False) -> Tensor:

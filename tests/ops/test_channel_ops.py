@@ -292,10 +292,11 @@ CASE = ChannelBlock(BLOCK, 2, ("0.6", "0.4"), True)
 def test_public_functions():
     x, b = BLOCK.x.abs(), BLOCK
     expected, scale = CASE.expected(x)
-    arguments = (b.mask, CASE.channel_mask, b.weights, b.biases, CASE.constants, b.winograd_weight)
-    actual = ops.channel_bottleneck(x, *arguments, granularity=b.granularity)
+    pack = ops.pack_bottleneck(b.kernels, b.biases, b.strides, b.dilation, b.groups)
+    arguments = (CASE.channel_mask, b.mask, pack, b.granularity)
+    actual = ops.channel_bottleneck(x, *arguments, constants=CASE.constants)
     assert_close(actual, expected, scale, torch.float32)
-    assert ops.channel_bottleneck_(x, *arguments, granularity=b.granularity) is x
+    assert ops.channel_bottleneck_(x, *arguments, CASE.constants) is x
     assert_close(x, expected, scale, torch.float32)
 
 

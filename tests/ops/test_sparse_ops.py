@@ -166,19 +166,37 @@ def test_no_images_in_the_stem(implementation):
 
 def test_public_functions():
     block = cases.Block(2, (9, 11), (16, 8, 24), strides=(2, 1), downsample=True, winograd="both")
-    x, (mask, weights, biases, winograd, shortcut, *_) = block.x, block.arguments
-    actual = ops.sparse_bottleneck(
-        x, mask, weights, biases, winograd, shortcut, granularity=3, strides=(2, 1)
-    )
-    assert_close(actual, *block.expected(x), torch.float32)
+    pack = ops.pack_bottleneck(block.kernels, block.biases, (2, 1), dense=True, winograd_cost=0.5)
+    assert pack.winograd is not None and pack.winograd_cost == 0.5
+    assert all(map(torch.equal, pack.weights, block.weights))
+    assert all(map(torch.equal, pack.dense, block.kernels))
+    actual = ops.sparse_bottleneck(block.x, block.mask, pack, 3, block.shortcut)
+    assert_close(actual, *block.expected(block.x), torch.float32)
     block = cases.Block(2, (9, 11), (16, 8, 16), groups=2, dilation=2)
     x = block.x.abs()
     expected, scale = block.expected(x)
-    actual = ops.sparse_bottleneck_(
-        x, block.mask, block.weights, block.biases, granularity=3, dilation=2, groups=2
-    )
-    assert actual is x
-    assert_close(actual, expected, scale, torch.float32)
+    pack = ops.pack_bottleneck(block.kernels, block.biases, dilation=2, groups=2)
+    assert pack.winograd is None and pack.dense is None
+    assert ops.sparse_bottleneck_(x, block.mask, pack, granularity=3) is x
+    assert_close(x, expected, scale, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changes, winograd, direct",
+    [
+        ({}, True, True),
+        ({"direct": False}, True, False),
+        ({"winograd": False, "direct": False}, False, True),
+        ({"strides": (1, 2), "direct": False}, False, True),
+        ({"dilation": 2, "direct": False}, False, True),
+        ({"excitation": [], "direct": False}, False, True),
+    ],
+)
+def test_packs_of_bottlenecks_have_the_forms_that_there_are(changes, winograd, direct):
+    block = cases.Block(1, (4, 4), (16, 8, 16))
+    pack = ops.pack_bottleneck(block.kernels, block.biases, **changes)
+    assert (pack.winograd is not None) == winograd
+    assert bool(pack.weights[1].numel()) == direct
 
 
 # The three ops of the paper ----------------------------------------------------------------------

@@ -35,20 +35,13 @@ class SparseBottleneck(SparseBlock):
     One with a channel masker runs ``ops.channel_bottleneck``.
     """
 
-    weights: list[Tensor]
-    biases: list[Tensor]
-    winograd: Tensor | None
-    dense: list[Tensor] | None  # only where the plan wants it
+    pack: ops.BottleneckPack
     pool: nn.Module | None  # what the shortcut does before its convolution
-    strides: tuple[int, int]
-    dilation: int
-    groups: int
     one: Tensor
     masker: tuple[nn.Module, Tensor, Tensor] | None  # with its weight and bias, not copied
     masker_channel: nn.Module | None
     constants: list[Tensor] | None  # what skipped channels hold; None: zero
     choice: Choice  # the last one made; torch.compile and torch.export keep it
-    excitation: list[Tensor] | None = None  # weights and biases of squeeze-and-excitation
     # Weights and biases of masker_channel where one op does its work, not copied.
     channel_layers: tuple[list[Tensor], list[Tensor]] | None = None
     channels_last: bool = False  # whether dense convolutions with its weights put out channels_last
@@ -66,21 +59,16 @@ class SparseBottleneck(SparseBlock):
             raise Unsupported(f"there are no kernels that skip channels on {device_type}")
         if not ops.supports(dtype, device_type):
             raise Unsupported(f"its weights are {dtype}")
-        weights = [ops.pack_conv(weight, groups) for weight, _, groups in folded]
-        biases = [bias for _, bias, _ in folded]
-        conv2 = block.conv2
-        winograd = None
+        # Masks of whole tiles never need the direct form of conv2.
+        whole = block.mode not in ("spatial", "both") or block.granularity % 2 == 0
         excitation = _excitation_of(block)
-        plain = (conv2.stride, conv2.dilation, conv2.groups) == ((1, 1), (1, 1), 1)
-        if (
-            plain
-            and excitation is None
-            and dtype == torch.float32
-            and ops.has_winograd(device_type)
-        ):
-            winograd = ops.pack_winograd(folded[1][0])
-            if block.mode not in ("spatial", "both") or block.granularity % 2 == 0:
-                weights[1] = weights[1][:0].clone()  # masks of whole tiles never need it
+        pack = _pack(
+            block,
+            folded,
+            excitation=excitation,
+            direct=not whole,
+            winograd=ops.has_winograd(device_type),
+        )
         del folded
         memory.release_freed()
         masker = block.masker
@@ -91,24 +79,17 @@ class SparseBottleneck(SparseBlock):
                     "its skipped channels are not zero (channel_position='before_norm') before "
                     "squeeze-and-excitation"
                 )
-            pairs = ((block.conv1, block.norm1), (conv2, block.norm2))
+            pairs = ((block.conv1, block.norm1), (block.conv2, block.norm2))
             constants = [norm_of_zero(conv, norm).relu() for conv, norm in pairs]
         pools = [] if block.downsample is None else list(block.downsample)[:-2]
         return cls(
-            weights=weights,
-            biases=biases,
-            winograd=winograd,
-            dense=None,
+            pack=pack,
             pool=nn.Sequential(*pools) if pools else None,
-            strides=(block.conv1_stride, block.conv2_stride),
-            dilation=block.dilation,
-            groups=conv2.groups,
-            one=torch.ones((), device=weights[0].device, dtype=torch.float32),
+            one=torch.ones((), device=pack.weights[0].device, dtype=torch.float32),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
             masker_channel=block.masker_channel,
             constants=constants,
-            choice=Choice(winograd=winograd is not None),
-            excitation=excitation,
+            choice=Choice(winograd=pack.winograd is not None),
             channel_layers=layers_of(block.masker_channel),
             channels_last=any(is_channels_last(conv.weight) for conv in leading(block)),
         )
@@ -116,20 +97,21 @@ class SparseBottleneck(SparseBlock):
     @property
     def dtype(self) -> torch.dtype:
         """See the base class."""
-        return self.weights[0].dtype
+        return self.pack.weights[0].dtype
 
     def kind(self, x: Tensor) -> BlockKind:
         """What the plan looks up for an input ``x``."""
-        stride = self.strides[0] * self.strides[1]
+        pack = self.pack
+        stride = pack.strides[0] * pack.strides[1]
         positions = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
         kind = BlockKind(
             c_in=x.shape[1],
-            width=self.biases[0].numel(),
-            c_out=self.biases[2].numel(),
-            strides=self.strides,
-            dilation=self.dilation,
-            groups=self.groups,
-            downsample=len(self.weights) == 4,
+            width=pack.biases[0].numel(),
+            c_out=pack.biases[2].numel(),
+            strides=tuple(pack.strides),
+            dilation=pack.dilation,
+            groups=pack.groups,
+            downsample=len(pack.weights) == 4,
             dtype=str(x.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
             side=0,
@@ -138,74 +120,60 @@ class SparseBottleneck(SparseBlock):
 
     def _choose(self, block: nn.Module, x: Tensor) -> Choice:
         if block.runtime == "sparse":
-            choice = Choice(winograd=self.winograd is not None, decided_by="runtime='sparse'")
+            choice = Choice(winograd=self.pack.winograd is not None, decided_by="runtime='sparse'")
         else:
             choice = plan.current_plan().lookup(self.kind(x), x.device.type)
-        if not choice.winograd and not self.weights[1].numel():
-            weight, _, groups = _fold_block(block)[1]
-            self.weights[1] = ops.pack_conv(weight, groups)
-        if choice.dense_above < 1 and self.dense is None and self.masker_channel is None:
-            self.dense = [
-                weight.contiguous(memory_format=torch.channels_last)
-                for weight, _, _ in _fold_block(block)
-            ]
+        lacks_direct = not choice.winograd and not self.pack.weights[1].numel()
+        wants_dense = choice.dense_above < 1 and self.masker_channel is None
+        if lacks_direct or (wants_dense and self.pack.dense is None):
+            self.pack = _pack(
+                block,
+                [
+                    (weight.contiguous(memory_format=torch.channels_last), bias)
+                    for weight, bias in _fold_block(block)
+                ],
+                excitation=self.pack.excitation,
+                winograd=self.pack.winograd is not None,
+                dense=wants_dense,
+            )
         return choice
 
     def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
         """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
         choice = self.plan(block, x)
-        biases = [block.checked(self.biases[0], x), *self.biases[1:]]
+        pack = ops.BottleneckPack(  # not _replace, which torch.compile of torch 2.1 cannot read
+            self.pack.weights,
+            [block.checked(self.pack.biases[0], x), *self.pack.biases[1:]],
+            self.pack.winograd if choice.winograd else None,
+            self.pack.dense if choice.dense_above < 1 else None,
+            self.pack.excitation,
+            self.pack.strides,
+            self.pack.dilation,
+            self.pack.groups,
+            choice.winograd_cost,
+            choice.dense_above,
+        )
         mask, granularity, known = self._positions(block, x)
-        winograd = self.winograd if choice.winograd else None
+        in_place = in_place and len(pack.weights) == 3
+        shortcut = None if self.pool is None else self.pool(x)
         if self.masker_channel is not None:
             groups = self._channels(block, x, known)
-            tensors = (mask, groups, self.weights, biases, self.constants, winograd)
-            return self._skip_channels(x, tensors, 1 if mask is None else granularity, in_place)
+            size = 1 if mask is None else granularity
+            if in_place:
+                return ops.channel_bottleneck_(x, groups, mask, pack, size, self.constants)
+            return ops.channel_bottleneck(x, groups, mask, pack, size, shortcut, self.constants)
         if known is not None:
             block.activation = known
-        cost, above = choice.winograd_cost, choice.dense_above
-        dense = self.dense if above < 1 else None
-        if in_place and len(self.weights) == 3:
-            return ops.sparse_bottleneck_(
-                x,
-                mask,
-                self.weights,
-                biases,
-                winograd,
-                granularity,
-                self.dilation,
-                self.groups,
-                cost,
-                dense,
-                above,
-                self.excitation,
-            )
-        return ops.sparse_bottleneck(
-            x,
-            mask,
-            self.weights,
-            biases,
-            winograd,
-            None if self.pool is None else self.pool(x),
-            granularity,
-            self.strides,
-            self.dilation,
-            self.groups,
-            cost,
-            dense,
-            above,
-            self.excitation,
-        )
+        if in_place:
+            return ops.sparse_bottleneck_(x, mask, pack, granularity)
+        return ops.sparse_bottleneck(x, mask, pack, granularity, shortcut)
 
-    def _skip_channels(self, x: Tensor, tensors: tuple, granularity: int, in_place: bool) -> Tensor:
-        """``__call__`` of a block that decides about channels, after the decisions."""
-        cost = self.choice.winograd_cost
-        if in_place and len(self.weights) == 3:
-            geometry = (granularity, self.dilation, self.groups)
-            return ops.channel_bottleneck_(x, *tensors, *geometry, cost, self.excitation)
-        shortcut = None if self.pool is None else self.pool(x)
-        geometry = (granularity, self.strides, self.dilation, self.groups)
-        return ops.channel_bottleneck(x, *tensors, shortcut, *geometry, cost, self.excitation)
+
+def _pack(block: nn.Module, folded: list[tuple[Tensor, Tensor]], **forms) -> ops.BottleneckPack:
+    """``forms``: see :func:`ops.pack_bottleneck`."""
+    kernels, biases = zip(*folded)
+    geometry = (block.conv1_stride, block.conv2_stride), block.dilation, block.conv2.groups
+    return ops.pack_bottleneck(kernels, biases, *geometry, **forms)
 
 
 def _excitation_of(block: nn.Module) -> list[Tensor] | None:
@@ -230,8 +198,8 @@ def _excitation_of(block: nn.Module) -> list[Tensor] | None:
     return [weight.float().clone() for weight in weights]
 
 
-def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
-    """Weight, bias and groups of conv1, conv2, conv3 and the downsample convolution.
+def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of conv1, conv2, conv3 and the downsample convolution.
 
     Raises:
         Unsupported: The block has a part without a sparse path.
@@ -244,10 +212,10 @@ def _fold_block(block: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
         (block.conv2, block.norm2, "conv2", spatial),
         (block.conv3, block.norm3, "conv3", dict(POINTWISE, stride=(1, 1))),
     ]
-    found = [(*fold(conv, norm, what, **wanted), conv.groups) for conv, norm, what, wanted in parts]
+    found = [fold(conv, norm, what, **wanted) for conv, norm, what, wanted in parts]
     if block.downsample is not None:
-        found.append((*fold_shortcut(block), 1))
-    _check_widths(block, [len(weight) for weight, _, _ in found])
+        found.append(fold_shortcut(block))
+    _check_widths(block, [len(weight) for weight, _ in found])
     return found
 
 
