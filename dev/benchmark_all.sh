@@ -53,4 +53,13 @@ mode regnety_800mf_spatial "8 3 224 224" spatial --rate 0.44 0.5
 mode regnety_800mf_channel "8 3 224 224" channel --rate 0.48
 mode regnety_800mf_layer "8 3 224 224" layer --rate 0.47
 mode regnety_800mf_both "8 3 224 224" both --rate 0.7 --channel-rate 0.7
+config=configs/imagenet/lasnet_r34_spatial.py
+mode r34_spatial "8 3 224 224" spatial --rate 0.5
+config=configs/imagenet/lasnet_densenet121_spatial.py
+mode densenet121_spatial "8 3 224 224" spatial --rate 0.5
+config=configs/imagenet/laudnet_t2tvit19_all.py
+measure t2tvit19_1x224 "1 3 224 224" --masks blob --rate 0.6 0.77 0.9 1.0 --rounds 7
+measure t2tvit19_8x224 "8 3 224 224" --masks blob --rate 0.6 0.77 0.9 1.0 --rounds 7
+config=$resnet
+measure whole_800 "1 3 800 1344" --whole-model --rate 0.5 --masks blob --rounds 7
 "$python" dev/benchmark_table.py "$out"/*.json

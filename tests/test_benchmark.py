@@ -206,14 +206,27 @@ def test_ratios():
     slow, fast = _timed("eager-nchw", "static", 4.0), _timed("openvino", "static", 2.0, 2.0, 9.0)
     dynamic = _timed("las_mm", "ours", 1.0, 1.5, 1.5)
     everybody = [slow, fast, dynamic]
-    assert report.best_static([*everybody, _timed("las_mm-static", "ours", 0.1)]) is fast
+    assert report.best_static([*everybody, _timed("las_mm-static", "ours", 0.1)], "fp32") is fast
     entry = report.compare(dynamic, fast, flops_ratio=0.6)
     assert entry["latency_ratio"] == 0.75
     assert entry["efficiency"] == pytest.approx(0.8)
     assert entry["dynamic"]["median_ms"] == 1500 and entry["dynamic"]["min_ms"] == 1000
-    rows = report.make_rows(everybody, static_macs=4e9)
+    rows = report.make_rows(everybody, 4e9, fast)
     assert [row["ratio"] for row in rows] == [2.0, 1.0, 0.75]
     assert [row["gflops_per_s"] for row in rows] == [2.0, 4.0, None]
+
+
+def test_int8_is_compared_with_quantised_engines():
+    dense, quantised = _timed("openvino", "static", 2.0), _timed("openvino-int8", "static", 1.0)
+    for contestant in (dense, quantised):
+        contestant.precision = engines.precision_of(contestant.engine, "int8")
+    assert (dense.precision, quantised.precision) == ("fp32", "int8")
+    assert report.best_static([dense, quantised], "int8") is quantised
+    assert report.best_static([dense, quantised], "fp32") is dense
+    assert "openvino-int8" in engines.CPU.names("int8")
+    assert "openvino-int8" not in engines.CPU.names("fp32")
+    for name in engines.CPU.names("int8"):
+        assert engines.precision_of(name, "int8") in engines.CPU.static_tolerance
 
 
 def test_everybody_takes_turns(monkeypatch):
@@ -328,6 +341,25 @@ def test_other_engines_agree(benchmark, package):
     result = benchmark("--engines", package, "masked-dense")
     assert result["best_static"]["engine"] == package
     assert result["rows"][0]["rel_error"] < engines.STATIC_TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+def test_quantised_engines(benchmark, package):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip(package)
+    result = benchmark("--dtype", "int8", "--engines", package, f"{package}-int8", "las_mm-static")
+    rows = {row["engine"]: row for row in result["rows"]}
+    assert result["best_static"]["engine"] == f"{package}-int8"
+    assert rows[f"{package}-int8"]["precision"] == "int8"
+    assert rows[package]["precision"] == rows["las_mm"]["precision"] == "fp32"
+    assert 1e-4 < rows[f"{package}-int8"]["rel_error"] < 0.5  # it does round
+    median = rows["las_mm"]["median_ms"] / rows[f"{package}-int8"]["median_ms"]
+    assert result["latency_ratio"] == pytest.approx(median)
+
+
+def test_int8_needs_a_quantised_engine(refusal):
+    message = refusal("--dtype", "int8", "--engines", "eager")
+    assert "no static int8 engine can run" in message
 
 
 def test_the_models_own_masks_on_images(benchmark, tool, config, tmp_path):

@@ -40,6 +40,7 @@ class Contestant:
         read: Turns the result of ``run`` into the network's outputs.
         prepare: Called untimed before its turn, e.g. to set masks.
         inside: What its turn runs inside of, e.g. settings of a library; entered untimed.
+        precision: How it multiplies, e.g. ``'fp32'``.
         note: What a reader of the table should know.
         rel_error: Largest relative error of an output, see :func:`relative_error`.
         rounds: Seconds a call, the median of each timed round.
@@ -52,6 +53,7 @@ class Contestant:
     read: Callable[[object], Sequence[Tensor]] = list
     prepare: Callable[[], None] = lambda: None
     inside: Callable[[], AbstractContextManager] = nullcontext
+    precision: str = ""
     note: str = ""
     rel_error: float | None = None
     rounds: list[float] = field(default_factory=list)

@@ -27,7 +27,9 @@ from las_mm.benchmark.static_engines import (
     build_eager_nchw,
     build_eager_nhwc,
     build_onnxruntime,
+    build_onnxruntime_int8,
     build_openvino,
+    build_openvino_int8,
     torch_engine,
 )
 from las_mm.benchmark.subject import Subject
@@ -38,7 +40,8 @@ from las_mm.models.flops import flops_report
 from las_mm.models.sparse import masked_dense
 
 # Largest relative error of an output: static engines against eager, las_mm against masked-dense.
-STATIC_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+# A hundred int8 layers with random weights are off by a quarter of the largest value.
+STATIC_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "int8": 0.5}
 DYNAMIC_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -70,11 +73,22 @@ BUILDERS: dict[str, Callable[[Subject], Contestant]] = {
     "compile": build_compile,
     "onnxruntime": build_onnxruntime,
     "openvino": build_openvino,
+    "onnxruntime-int8": build_onnxruntime_int8,
+    "openvino-int8": build_openvino_int8,
     "las_mm-static": build_static,
     "masked-dense": build_masked_dense,
     "las_mm": build_dynamic,
 }
-STATIC_ENGINES = ("eager-nchw", "eager-nhwc", "compile", "onnxruntime", "openvino")
+INT8 = "-int8"  # ends the names of quantised engines
+STATIC_ENGINES = (
+    "eager-nchw",
+    "eager-nhwc",
+    "compile",
+    "onnxruntime",
+    "openvino",
+    "onnxruntime-int8",
+    "openvino-int8",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,12 @@ class EngineSet:
 
     def names(self, dtype: str) -> list[str]:
         """Everybody who takes part in ``dtype`` if nobody is asked for by name."""
-        return [name for name in self.builders if dtype == "fp32" or name not in self.only_fp32]
+        return [
+            name
+            for name in self.builders
+            if (dtype == "fp32" or name not in self.only_fp32)
+            and (dtype == "int8" or not name.endswith(INT8))
+        ]
 
 
 CPU = EngineSet(
@@ -123,7 +142,7 @@ CPU = EngineSet(
     static=STATIC_ENGINES,
     dynamic=("las_mm",),
     aliases={"eager": ("eager-nchw", "eager-nhwc")},
-    dtypes=("fp32", "bf16"),
+    dtypes=("fp32", "bf16", "int8"),
     static_tolerance=STATIC_TOLERANCE,
     dynamic_tolerance=DYNAMIC_TOLERANCE,
     timer=wall_time,
@@ -134,8 +153,14 @@ TF32 = "-tf32"  # ends the names of engines that may round float32 products to T
 
 
 def precision_of(engine: str, dtype: str) -> str:
-    """How an engine multiplies in a benchmark of ``dtype``: a dtype, or ``'tf32'``."""
-    return "tf32" if engine.endswith(TF32) else dtype
+    """How an engine multiplies in a benchmark of ``dtype``: a dtype, or ``'tf32'``.
+
+    A benchmark of int8 is one of quantised rivals; everybody else runs in float32.
+    """
+    for ending in (TF32, INT8):
+        if engine.endswith(ending):
+            return ending[1:]
+    return "fp32" if dtype == "int8" else dtype
 
 
 def _admit(
@@ -191,13 +216,16 @@ def enter_static(
 
         def build(name: str = name) -> Contestant:
             contestant = engines.builders[name](subject)
-            tolerance = engines.static_tolerance[precision_of(name, subject.dtype)]
+            contestant.precision = precision_of(name, subject.dtype)
+            tolerance = engines.static_tolerance[contestant.precision]
             check_contestant(contestant, subject.expected, tolerance, "eager in fp32")
             return contestant
 
         contestants += _admit(name, explicit, skipped, build)
-    if not any(contestant.kind == "static" for contestant in contestants):
-        raise UserError("no static engine can run: " + "; ".join(s["reason"] for s in skipped))
+    if not report.rivals(contestants, subject.dtype):
+        what = "int8 engine" if subject.dtype == "int8" else "engine"
+        reasons = "; ".join(f"{s['engine']}: {s['reason']}" for s in skipped)
+        raise UserError(f"no static {what} can run: {reasons or 'none was asked for'}")
     return contestants, skipped
 
 
@@ -277,6 +305,7 @@ def enter_dynamic(
     """
     dynamic = Dynamic(reference=engines.builders["masked-dense"](subject))
     assert dynamic.reference is not None
+    dynamic.reference.precision = precision_of("masked-dense", subject.dtype)
     forms = [name for name in engines.dynamic if name in names]
     for setter in setters:
         say("comparing las_mm with masked-dense")
@@ -288,7 +317,8 @@ def enter_dynamic(
         def build(name: str, setter=setter, expected=expected) -> Contestant:
             contestant = engines.builders[name](subject)  # may run it, with the masks just set
             contestant.prepare = setter
-            tolerance = engines.dynamic_tolerance[precision_of(name, subject.dtype)]
+            contestant.precision = precision_of(name, subject.dtype)
+            tolerance = engines.dynamic_tolerance[contestant.precision]
             check_contestant(contestant, expected, tolerance, "masked-dense")
             return contestant
 

@@ -96,19 +96,27 @@ def compare(dynamic: Contestant, best: Contestant, flops_ratio: float) -> dict:
     )
 
 
-def best_static(contestants: Sequence[Contestant]) -> Contestant:
+def rivals(contestants: Sequence[Contestant], dtype: str) -> list[Contestant]:
+    """The static engines that the dynamic network is compared with: for int8 the quantised ones."""
+    static = (c for c in contestants if c.kind == "static")
+    return [c for c in static if (c.precision == "int8") == (dtype == "int8")]
+
+
+def best_static(contestants: Sequence[Contestant], dtype: str) -> Contestant:
     """The static engine with the smallest median."""
-    return min((c for c in contestants if c.kind == "static"), key=lambda c: c.median)
+    return min(rivals(contestants, dtype), key=lambda c: c.median)
 
 
-def make_rows(contestants: Sequence[Contestant], static_macs: float) -> list[dict]:
+def make_rows(
+    contestants: Sequence[Contestant], static_macs: float, best: Contestant
+) -> list[dict]:
     """One JSON row per contestant, beginning with the static engines.
 
     Args:
         contestants: All timed.
         static_macs: Multiply-accumulates of the static network for the whole batch.
+        best: The fastest static engine, whose time is the 1.
     """
-    best = best_static(contestants).median
     rows = []
     for contestant in contestants:
         dense = contestant.kind == "static" or contestant.engine.startswith("las_mm-static")
@@ -117,7 +125,8 @@ def make_rows(contestants: Sequence[Contestant], static_macs: float) -> list[dic
             dict(
                 times(contestant),
                 kind=contestant.kind,
-                ratio=contestant.median / best,
+                precision=contestant.precision,
+                ratio=contestant.median / best.median,
                 gflops_per_s=rate,
                 rel_error=contestant.rel_error,
                 note=contestant.note,
@@ -139,7 +148,7 @@ def make_table(result: dict) -> Table:
     env = result["environment"]
     shape = " x ".join(map(str, env["shape"]))
     table = Table(title=f"{env['what']}, {shape}, {env['dtype']}, {_machine(result)}")
-    for column in ("engine", "kind"):
+    for column in ("engine", "kind", "precision"):
         table.add_column(column, no_wrap=True)
     for column in ("median ms", "min ms", "to best static", "GFLOP/s", "rel. error"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -153,6 +162,7 @@ def make_table(result: dict) -> Table:
         table.add_row(
             row["engine"],
             row["kind"],
+            row["precision"],
             f"{row['median_ms']:.2f}",
             f"{row['min_ms']:.2f}",
             f"{row['ratio']:.3f}",
@@ -162,7 +172,7 @@ def make_table(result: dict) -> Table:
             row["note"],
         )
     for entry in result["skipped"]:
-        blanks = [""] * (6 if floor else 5)
+        blanks = [""] * (7 if floor else 6)
         table.add_row(entry["engine"], "skipped", *blanks, entry["reason"])
     return table
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,26 +69,92 @@ def build_compile(subject: Subject, mode: str | None = None) -> Contestant:
     return Contestant("compile", "static", run)
 
 
-def build_onnxruntime(subject: Subject) -> Contestant:
-    """ONNX Runtime on its CPU provider, input and outputs bound once."""
+def _export(subject: Subject) -> Path:
+    """The twin as an ONNX file, written once."""
+    path = subject.work_dir / "twin.onnx"
+    if not path.exists():
+        with torch.no_grad():
+            torch.onnx.export(
+                subject.twin,
+                (subject.x,),
+                str(path),
+                input_names=["x"],
+                output_names=_names(subject),
+                opset_version=18,
+                dynamo=False,
+            )
+    return path
+
+
+def _names(subject: Subject) -> list[str]:
+    return [f"stage{i}" for i in range(len(subject.expected))]
+
+
+def _quantize(subject: Subject) -> Path:
+    """The twin with int8 convolutions, written once.
+
+    Static quantisation as a user would deploy it on a CPU: unsigned activations with the range
+    (minimum and maximum) that they have on the benchmark's input, signed weights per output
+    channel, in the form (QDQ) that both engines fuse into int8 convolutions.
+    """
     _require("onnxruntime")
     _require("onnx")
-    if subject.dtype != "fp32":
-        raise Skip("its CPU provider has no bf16 convolutions")
-    import onnxruntime
+    path = subject.work_dir / "twin_int8.onnx"
+    if path.exists():
+        return path
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    path = subject.work_dir / "twin.onnx"
-    names = [f"stage{i}" for i in range(len(subject.expected))]
+    class Images(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [dict(x=image[None].numpy()) for image in subject.x]
+
+        def get_next(self) -> dict | None:
+            return self.left.pop() if self.left else None
+
+    # One image at a time, so a file of its own, whose batch is not fixed.
+    source, prepared = subject.work_dir / "any_batch.onnx", subject.work_dir / "prepared.onnx"
     with torch.no_grad():
         torch.onnx.export(
             subject.twin,
             (subject.x,),
-            str(path),
+            str(source),
             input_names=["x"],
-            output_names=names,
+            output_names=_names(subject),
+            dynamic_axes={name: {0: "n"} for name in ("x", *_names(subject))},
             opset_version=18,
             dynamo=False,
         )
+    quant_pre_process(str(source), str(prepared))
+    quantization.quantize_static(
+        str(prepared),
+        str(path),
+        Images(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
+    return path
+
+
+def build_onnxruntime(subject: Subject) -> Contestant:
+    """ONNX Runtime on its CPU provider, input and outputs bound once."""
+    _require("onnxruntime")
+    _require("onnx")
+    if subject.dtype == "bf16":
+        raise Skip("its CPU provider has no bf16 convolutions")
+    return _onnxruntime("onnxruntime", subject, _export(subject))
+
+
+def build_onnxruntime_int8(subject: Subject) -> Contestant:
+    """ONNX Runtime on its CPU provider, statically quantised."""
+    return _onnxruntime("onnxruntime-int8", subject, _quantize(subject))
+
+
+def _onnxruntime(name: str, subject: Subject, path: Path) -> Contestant:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
@@ -98,16 +166,14 @@ def build_onnxruntime(subject: Subject) -> Contestant:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(subject.x.numpy()))
-    for name, output in zip(names, subject.expected):
+    for output_name, output in zip(_names(subject), subject.expected):
         value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(output.shape, "float32")
-        binding.bind_ortvalue_output(name, value)
+        binding.bind_ortvalue_output(output_name, value)
 
     def read(_: object) -> list[Tensor]:
         return [torch.from_numpy(value) for value in binding.copy_outputs_to_cpu()]
 
-    return Contestant(
-        "onnxruntime", "static", lambda: session.run_with_iobinding(binding), read=read
-    )
+    return Contestant(name, "static", lambda: session.run_with_iobinding(binding), read=read)
 
 
 def build_openvino(subject: Subject) -> Contestant:
@@ -119,6 +185,24 @@ def build_openvino(subject: Subject) -> Contestant:
         model = openvino.convert_model(
             copy.deepcopy(subject.twin), example_input=subject.x, input=list(subject.x.shape)
         )
+    precision = "bf16" if subject.dtype == "bf16" else "f32"
+    return _openvino("openvino", subject, model, precision)
+
+
+def build_openvino_int8(subject: Subject) -> Contestant:
+    """OpenVINO on the CPU with the network that ONNX Runtime quantised."""
+    _require("openvino")
+    import openvino
+
+    model = openvino.Core().read_model(str(_quantize(subject)))
+    model.reshape(list(subject.x.shape))
+    # What is not quantised, such as the maps between the convolutions, stays in float32.
+    return _openvino("openvino-int8", subject, model, "f32")
+
+
+def _openvino(name: str, subject: Subject, model: Any, precision: str) -> Contestant:
+    import openvino
+
     compiled = openvino.Core().compile_model(
         model,
         "CPU",
@@ -126,7 +210,7 @@ def build_openvino(subject: Subject) -> Contestant:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": str(subject.threads),
-            "INFERENCE_PRECISION_HINT": "f32" if subject.dtype == "fp32" else "bf16",
+            "INFERENCE_PRECISION_HINT": precision,
         },
     )
     request = compiled.create_infer_request()
@@ -141,4 +225,4 @@ def build_openvino(subject: Subject) -> Contestant:
         request.start_async()  # unlike infer(), copies no outputs
         request.wait()
 
-    return Contestant("openvino", "static", run, read)
+    return Contestant(name, "static", run, read)

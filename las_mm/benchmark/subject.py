@@ -21,7 +21,14 @@ from las_mm.models.finding import find_dynamic_backbones
 from las_mm.models.maskers import is_masker
 from las_mm.registry import MODELS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of maps and weights in torch; against quantised rivals las_mm, which has no int8 kernels, runs in
+# float32.
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+}
 FOLDING_TOLERANCE = 1e-4
 
 

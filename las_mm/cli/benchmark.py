@@ -56,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes = ("spatial", "channel", "layer", "both", "token", "head", "all")
     add("--mode", choices=modes, help="of all stages; the last three of transformers")
     add("--device", choices=tuple(ENGINES), default="cpu", help="where the engines run")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="fp16 on cuda only")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="fp32",
+        help="fp16 on cuda only; int8, on cpu only: against quantised engines, las_mm in fp32",
+    )
     add("--engines", nargs="*", help=f"default: all; las_mm always runs; {known}")
     add("--threads", type=int, help="default: the physical cores that this process may use")
     add("--rounds", type=int, default=9, help="timed rounds")

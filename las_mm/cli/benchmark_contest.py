@@ -141,7 +141,7 @@ def benchmark(args: argparse.Namespace, say) -> dict:
     shape = subject.dynamic.network_shape(tuple(args.shape[2:]))
     counts = count_macs(shape)
     macs = args.shape[0] * (counts.stem + counts.static_blocks.sum())
-    best = report.best_static(contestants)
+    best = report.best_static(contestants, args.dtype)
     rates = args.rate or [dynamic.points[0].mean_rate]
     sweep = [
         dict(
@@ -157,7 +157,7 @@ def benchmark(args: argparse.Namespace, say) -> dict:
         key: sweep[0][key] for key in ("dynamic", "flops_ratio", "latency_ratio", "efficiency")
     }
     result = dict(
-        rows=report.make_rows([*contestants, *dynamic.points[0].contestants], macs),
+        rows=report.make_rows([*contestants, *dynamic.points[0].contestants], macs, best),
         best_static=dict(engine=best.engine, median_ms=1e3 * best.median),
         **first,
         sweep=sweep,

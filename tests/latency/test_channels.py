@@ -85,11 +85,11 @@ def test_a_conv_with_all_channels_is_the_dense_one(device, conv):
 
 def test_patches_with_all_channels_are_dynamic_convs():
     d = load_device("v100")
-    mask = ops.ChannelMask(32, inputs=True, outputs=True)
+    mask, size = ops.ChannelMask(32, inputs=True, outputs=True), ops.ConvSize(64, 64, 3, 28, 28)
     for gathered in (False, True):
         options = dict(granularity=4, gathered=gathered)
-        cost = ops.channel_conv_cost(d, 64, 64, 3, 28, 28, mask=mask, **options)
-        same = ops.dynamic_conv_cost(d, 64, 64, 3, 28, 28, **options)
+        cost = ops.channel_conv_cost(d, size, mask=mask, **options)
+        same = ops.dynamic_conv_cost(d, size, **options)
         for n in (0, 10, 49):
             full = cost.at(1.0).report(n).latency_s
             assert full == pytest.approx(same.report(n).latency_s, rel=0.05)
@@ -271,7 +271,9 @@ def test_every_architecture_has_a_shape():
         ),
         (
             lambda: ops.channel_conv_cost(
-                load_device("tx2"), 4, 4, 1, 4, 4, mask=ops.ChannelMask(0, True, True)
+                load_device("tx2"),
+                ops.ConvSize(4, 4, 1, 4, 4),
+                mask=ops.ChannelMask(0, True, True),
             ),
             "mask_groups must be a positive integer",
         ),

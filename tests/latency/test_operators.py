@@ -141,7 +141,7 @@ def test_dynamic_conv_without_patches_reads_weights_and_the_map_but_computes_not
 
 def test_dynamic_conv_grows_with_patches_and_gathered_input_is_cheaper_when_few():
     d = load_device("v100")
-    cost = ops.dynamic_conv_cost(d, 64, 64, 3, 50, 37, granularity=4)
+    cost = ops.dynamic_conv_cost(d, ops.ConvSize(64, 64, 3, 50, 37), granularity=4)
     assert cost.positions == 13 * 10
     times = [cost.report(n).latency_s for n in range(131)]
     assert times == sorted(times)

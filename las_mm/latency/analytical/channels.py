@@ -17,7 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .axes import candidates, grid, lane, patch_axes, request, window
+from .axes import candidates, grid, lane, patch_axes, request
+from .conv_size import ConvSize
 from .device import Device
 from .tiling import GATHER_LIMIT, PatchCost
 
@@ -138,23 +139,11 @@ def _expected_max(population: int, marked: int, drawn: int, copies: int) -> floa
 
 @lru_cache(maxsize=_CACHE)
 def search_channel_conv(
-    device: Device,
-    c_in: int,
-    c_out: int,
-    kernel: int,
-    h_out: int,
-    w_out: int,
-    stride: int,
-    groups: int,
-    dilation: int,
-    batch_size: int,
-    mask: ChannelMask,
-    name: str,
+    device: Device, size: ConvSize, batch_size: int, mask: ChannelMask, name: str
 ) -> ChannelCost:
     """The cost of a convolution on the whole map, its tiling chosen at the mean channel rate."""
+    c_out, h_out, w_out, weight = size.c_out, size.h_out, size.w_out, size.weight
     c, h, w = grid(c_out, h_out, w_out)
-    depth = c_in // groups
-    weight = depth * kernel * kernel
     n_tiles = np.ceil(c_out / c) * np.ceil(h_out / h) * np.ceil(w_out / w)
     compute = (
         batch_size
@@ -166,13 +155,13 @@ def search_channel_conv(
         / lane(device, c * h * w)
         * np.ceil(n_tiles / device.n_pe)
     )
-    tile_in = np.ceil(c / (c_out // groups)) * depth * window(h, w, kernel, stride, dilation)
+    tile_in = size.read(c, h, w)
     l2 = n_tiles / device.l2_values_per_s / request(device, w, w_out - w)
     dram = 1 / device.dram_values_per_s
     weights = c_out * weight * dram + c * weight * l2
-    inputs = (c_in * h_out * stride * w_out * stride * dram + tile_in * l2) * batch_size
+    inputs = (size.source * dram + tile_in * l2) * batch_size
     outputs = (c_out * h_out * w_out * dram + c * h * w * l2) * batch_size
-    per_c = [_tile_groups(mask, size, c_out, device) for size in candidates(c_out)]
+    per_c = [_tile_groups(mask, tile, c_out, device) for tile in candidates(c_out)]
     shares = np.array([mask.shares(_mean_rate(mask), batch_size, *tile) for tile in per_c])
     kept = [column[:, None, None] for column in shares.T]
     total = weights * kept[0] + inputs * kept[1] + outputs * kept[2] + compute * kept[3]
@@ -201,15 +190,8 @@ def search_channel_conv(
 @lru_cache(maxsize=_CACHE)
 def search_dynamic_channel_conv(
     device: Device,
-    c_in: int,
-    c_out: int,
-    kernel: int,
-    h_out: int,
-    w_out: int,
+    size: ConvSize,
     granularity: int,
-    stride: int,
-    groups: int,
-    dilation: int,
     gathered: bool,
     batch_size: int,
     mask: ChannelMask,
@@ -220,9 +202,8 @@ def search_dynamic_channel_conv(
     Where nothing is skipped, the terms are those of :func:`.tiling.search_dynamic_conv`.
     """
     side = granularity
-    depth = c_in // groups
-    weight = depth * kernel * kernel
-    positions = -(-h_out // side) * -(-w_out // side)
+    c_out, weight = size.c_out, size.weight
+    positions = -(-size.h_out // side) * -(-size.w_out // side)
     axes = patch_axes(c_out, side, GATHER_LIMIT)
     c, h, w, q = np.meshgrid(*axes, indexing="ij", sparse=True)
     n_tiles = np.ceil(c_out / c) * np.ceil(side / h) * np.ceil(side / w)
@@ -237,19 +218,19 @@ def search_dynamic_channel_conv(
         * batch_size
         * np.ceil(n_tiles / device.n_pe)
     )
-    tile_in = np.ceil(c / (c_out // groups)) * depth * window(h, w, kernel, stride, dilation)
+    tile_in = size.read(c, h, w)
     l2 = n_tiles / device.l2_values_per_s
     dram = 1 / device.dram_values_per_s
     weights = c_out * weight * dram + c * weight * l2
     whole = 0.0
     patch = tile_in * batch_size * l2
     if gathered:
-        patch = patch + c_in * window(side, side, kernel, stride, dilation) * batch_size * dram
+        patch = patch + size.c_in * size.window(side, side) * batch_size * dram
     else:
-        whole = c_in * h_out * stride * w_out * stride * batch_size * dram
+        whole = size.source * batch_size * dram
     outputs = (c_out * side * side * dram + c * h * w * l2) * batch_size
     mean = (positions + 1) / 2
-    per_c = [_tile_groups(mask, size, c_out, device) for size in candidates(c_out)]
+    per_c = [_tile_groups(mask, tile, c_out, device) for tile in candidates(c_out)]
     shares = np.array([mask.shares(_mean_rate(mask), batch_size, *tile) for tile in per_c])
     kept = [column[:, None, None, None] for column in shares.T]
     total = (

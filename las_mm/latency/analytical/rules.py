@@ -46,26 +46,22 @@ def operator_cost(op: Operator, device: Device, batch_size: int | None) -> Cost:
 
 @operator_cost.register
 def _conv(op: Conv, device: Device, batch_size: int | None) -> Cost:
-    sizes = (device, op.c_in, op.c_out, op.kernel, op.h_out, op.w_out)
-    options: dict = dict(
-        stride=op.stride,
-        groups=op.groups,
-        dilation=op.dilation,
-        batch_size=batch_size,
-        name=op.name,
-    )
+    sizes = (op.c_in, op.c_out, op.kernel, op.h_out, op.w_out)
+    size = ops.ConvSize(*sizes, op.stride, op.groups, op.dilation)
+    options: dict = dict(batch_size=batch_size, name=op.name)
     channels = [gate for gate in op.gates if gate in (CHANNEL_IN, CHANNEL_OUT)]
     patched = any(axis in POSITION_AXES for axis in op.axes)
     cost: PatchCost | ChannelCost
     if channels:
         mask = ops.ChannelMask(op.channel_groups, CHANNEL_IN in channels, CHANNEL_OUT in channels)
         options["granularity"] = op.granularity if patched else None
-        cost = ops.channel_conv_cost(*sizes, mask=mask, gathered=op.gathered, **options)
+        cost = ops.channel_conv_cost(device, size, mask=mask, gathered=op.gathered, **options)
     elif patched:
         options.update(granularity=op.granularity, gathered=op.gathered)
-        cost = ops.dynamic_conv_cost(*sizes, **options)
+        cost = ops.dynamic_conv_cost(device, size, **options)
     else:
-        return _scaled(op, ops.static_conv(*sizes, **options))
+        options.update(stride=op.stride, groups=op.groups, dilation=op.dilation)
+        return _scaled(op, ops.static_conv(device, *sizes, **options))
     _only(op, POSITION, DILATED, CHANNEL)
     return PatchesCost(cost, op.axes)
 
@@ -187,9 +183,10 @@ def _fuses(masker: Masker, conv: Conv) -> bool:
 
 def _fused(conv: Conv, device: Device, batch_size: int | None) -> Cost:
     """The dense convolution with one more output, which decides."""
-    sizes = (device, conv.c_in, conv.c_out + 1, 1, conv.h_out, conv.w_out)
-    options: dict = dict(stride=conv.stride, batch_size=batch_size, name="dense_fused")
+    sizes = (conv.c_in, conv.c_out + 1, 1, conv.h_out, conv.w_out)
+    options: dict = dict(batch_size=batch_size, name="dense_fused")
     if CHANNEL_OUT not in conv.gates:
-        return Cost(ops.static_conv(*sizes, **options))
+        return Cost(ops.static_conv(device, *sizes, stride=conv.stride, **options))
     mask = ops.ChannelMask(conv.channel_groups, inputs=False, outputs=True)
-    return PatchesCost(ops.channel_conv_cost(*sizes, mask=mask, **options), (CHANNEL,))
+    size = ops.ConvSize(*sizes, conv.stride)
+    return PatchesCost(ops.channel_conv_cost(device, size, mask=mask, **options), (CHANNEL,))

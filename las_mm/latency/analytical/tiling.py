@@ -16,7 +16,8 @@ from typing import Callable
 import numpy as np
 
 from ..report import Report
-from .axes import CACHE, Axes, cheapest, grid, lane, patch_axes, request, window
+from .axes import CACHE, Axes, cheapest, grid, lane, patch_axes, request
+from .conv_size import ConvSize
 from .device import Device
 
 GATHER_LIMIT = 256  # a dynamic convolution considers at most this many patches per tile
@@ -76,54 +77,30 @@ class PatchCost:
 
 @lru_cache(maxsize=CACHE)
 def search_conv(
-    device: Device,
-    c_in: int,
-    c_out: int,
-    kernel: int,
-    h_out: int,
-    w_out: int,
-    stride: int,
-    groups: int,
-    dilation: int,
-    batch_size: int,
-    has_output: bool,
+    device: Device, size: ConvSize, batch_size: int, has_output: bool = True
 ) -> tuple[float, float]:
     """Seconds of (compute, memory) of a dense convolution.
 
     ``has_output=False`` is the masker of a skipped layer: the input is read, nothing is computed
     or written, and the weights are read only for a batch.
     """
+    c_out, h_out, w_out = size.c_out, size.h_out, size.w_out
     c, h, w = grid(c_out, h_out, w_out)
     n_tiles = np.ceil(c_out / c) * np.ceil(h_out / h) * np.ceil(w_out / w)
-    depth = c_in // groups
-    weight = depth * kernel * kernel * (has_output or batch_size > 1)
+    weight = size.weight * (has_output or batch_size > 1)
     output = batch_size * has_output
     compute = (
-        batch_size
-        * has_output
+        output
         * c
         * h
         * w
-        * depth
-        * kernel
-        * kernel
+        * size.weight
         / device.macs_per_s_per_pe
         / lane(device, c * h * w)
         * np.ceil(n_tiles / device.n_pe)
     )
-    tile = (
-        c * weight
-        + c * h * w * output
-        + np.ceil(c / (c_out // groups))
-        * depth
-        * batch_size
-        * window(h, w, kernel, stride, dilation)
-    )
-    dram = (
-        c_out * weight
-        + c_in * h_out * stride * w_out * stride * batch_size
-        + c_out * h_out * w_out * output
-    )
+    tile = c * weight + c * h * w * output + size.read(c, h, w) * batch_size
+    dram = c_out * weight + size.source * batch_size + c_out * h_out * w_out * output
     memory = dram / device.dram_values_per_s + n_tiles * tile / device.l2_values_per_s / request(
         device, w, w_out - w
     )
@@ -197,32 +174,18 @@ def search_value_op(
 
 @lru_cache(maxsize=CACHE)
 def search_dynamic_conv(
-    device: Device,
-    c_in: int,
-    c_out: int,
-    kernel: int,
-    h_out: int,
-    w_out: int,
-    granularity: int,
-    stride: int,
-    groups: int,
-    dilation: int,
-    gathered: bool,
-    batch_size: int,
-    name: str,
+    device: Device, size: ConvSize, granularity: int, gathered: bool, batch_size: int, name: str
 ) -> PatchCost:
     """The cost curve of a convolution on patches, its tiling chosen at the mean patch count."""
     side = granularity
-    depth = c_in // groups
-    weight = depth * kernel * kernel
 
     def times(n: float, c: _Size, h: _Size, w: _Size, q: _Size) -> _Times:
-        n_tiles = np.ceil(c_out / c) * np.ceil(side / h) * np.ceil(side / w)
+        n_tiles = np.ceil(size.c_out / c) * np.ceil(side / h) * np.ceil(side / w)
         compute = (
             c
             * h
             * w
-            * weight
+            * size.weight
             * q
             / device.macs_per_s_per_pe
             / lane(device, c * h * w * batch_size * q)
@@ -230,21 +193,17 @@ def search_dynamic_conv(
             * batch_size
             * np.ceil(n_tiles / device.n_pe)
         )
-        under = window(h, w, kernel, stride, dilation)
-        tile = (
-            c * weight
-            + np.ceil(c / (c_out // groups)) * depth * under * n * batch_size
-            + c * h * w * n * batch_size
-        )
-        source = c_in * h_out * stride * w_out * stride * batch_size
+        tile = c * size.weight + size.read(c, h, w) * n * batch_size + c * h * w * n * batch_size
+        source = size.source * batch_size
         if gathered:
-            source = n * c_in * window(side, side, kernel, stride, dilation) * batch_size
-        dram = c_out * weight + source + n * c_out * side * side * batch_size
+            source = n * size.c_in * size.window(side, side) * batch_size
+        dram = size.c_out * size.weight + source + n * size.c_out * side * side * batch_size
         memory = dram / device.dram_values_per_s + n_tiles * tile / device.l2_values_per_s
         return compute, memory
 
-    axes = patch_axes(c_out, side, GATHER_LIMIT)
-    return search_patches(name, device, -(-h_out // side) * -(-w_out // side), axes, times)
+    axes = patch_axes(size.c_out, side, GATHER_LIMIT)
+    positions = -(-size.h_out // side) * -(-size.w_out // side)
+    return search_patches(name, device, positions, axes, times)
 
 
 @lru_cache(maxsize=CACHE)

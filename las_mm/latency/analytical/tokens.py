@@ -16,6 +16,7 @@ from pathlib import Path
 from ..device import load_analytic_device
 from ..report import Report
 from . import operators as ops
+from .conv_size import ConvSize
 from .device import Device
 from .tiling import search_conv
 
@@ -94,7 +95,8 @@ def matmul(
         ValueError: A size is not a positive integer.
     """
     ops.check_sizes(name, count=count, rows=rows, depth=depth, columns=columns)
-    times = search_conv(device, count * depth, count * columns, 1, 1, rows, 1, count, 1, 1, True)
+    size = ConvSize(count * depth, count * columns, 1, 1, rows, groups=count)
+    times = search_conv(device, size, 1)
     return Report(name, *times, device.launch_s)
 
 

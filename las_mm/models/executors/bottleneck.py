@@ -37,6 +37,9 @@ class SparseBottleneck(SparseBlock):
 
     pack: ops.BottleneckPack
     pool: nn.Module | None  # what the shortcut does before its convolution
+    strides: tuple[int, int]
+    dilation: int
+    groups: int
     one: Tensor
     masker: tuple[nn.Module, Tensor, Tensor] | None  # with its weight and bias, not copied
     masker_channel: nn.Module | None
@@ -85,6 +88,9 @@ class SparseBottleneck(SparseBlock):
         return cls(
             pack=pack,
             pool=nn.Sequential(*pools) if pools else None,
+            strides=(block.conv1_stride, block.conv2_stride),
+            dilation=block.dilation,
+            groups=block.conv2.groups,
             one=torch.ones((), device=pack.weights[0].device, dtype=torch.float32),
             masker=None if masker is None else (masker, masker.conv.weight, masker.conv.bias),
             masker_channel=block.masker_channel,
@@ -102,15 +108,15 @@ class SparseBottleneck(SparseBlock):
     def kind(self, x: Tensor) -> BlockKind:
         """What the plan looks up for an input ``x``."""
         pack = self.pack
-        stride = pack.strides[0] * pack.strides[1]
+        stride = self.strides[0] * self.strides[1]
         positions = x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
         kind = BlockKind(
             c_in=x.shape[1],
             width=pack.biases[0].numel(),
             c_out=pack.biases[2].numel(),
-            strides=tuple(pack.strides),
-            dilation=pack.dilation,
-            groups=pack.groups,
+            strides=self.strides,
+            dilation=self.dilation,
+            groups=self.groups,
             downsample=len(pack.weights) == 4,
             dtype=str(x.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),

@@ -8,8 +8,9 @@ all sizes are counts of FP32 values.
 
 from ...report import Report
 from ..channels import ChannelCost, ChannelMask
+from ..checks import check_sizes
+from ..conv_size import ConvSize
 from ..tiling import PatchCost
-from .checks import check_sizes
 from .dynamic import (
     channel_conv,
     channel_conv_cost,
@@ -38,6 +39,7 @@ __all__ = [
     "value_op",
     "ChannelCost",
     "ChannelMask",
+    "ConvSize",
     "PatchCost",
     "Report",
     "channel_conv",

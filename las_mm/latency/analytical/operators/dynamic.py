@@ -11,9 +11,10 @@ from ..channels import (
     search_channel_conv,
     search_dynamic_channel_conv,
 )
+from ..checks import check_sizes, images_of
+from ..conv_size import ConvSize
 from ..device import Device
 from ..tiling import PatchCost, search_dynamic_conv, search_scatter_add
-from .checks import check_groups, check_sizes, images_of
 
 
 def channel_conv(
@@ -45,36 +46,17 @@ def channel_conv(
     """
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
         raise ValueError(f"{name}: rate must be a number in [0, 1], got {rate!r}")
-    cost = channel_conv_cost(
-        device,
-        c_in,
-        c_out,
-        kernel,
-        h_out,
-        w_out,
-        mask=mask,
-        stride=stride,
-        groups=groups,
-        dilation=dilation,
-        batch_size=batch_size,
-        name=name,
-    )
+    size = ConvSize(c_in, c_out, kernel, h_out, w_out, stride, groups, dilation)
+    cost = channel_conv_cost(device, size, mask=mask, batch_size=batch_size, name=name)
     return cost.at(float(rate)).report(1)
 
 
 def channel_conv_cost(
     device: Device,
-    c_in: int,
-    c_out: int,
-    kernel: int,
-    h_out: int,
-    w_out: int,
+    size: ConvSize,
     *,
     mask: ChannelMask,
     granularity: int | None = None,
-    stride: int = 1,
-    groups: int = 1,
-    dilation: int = 1,
     gathered: bool = False,
     batch_size: int | None = None,
     name: str = "conv",
@@ -82,8 +64,8 @@ def channel_conv_cost(
     """A convolution that skips channels, as a function of the channel rate (and the patches).
 
     Args:
-        device, c_in, c_out, kernel, h_out, w_out, stride, groups, dilation, gathered, batch_size,
-            name: As in :func:`dynamic_conv`.
+        device, gathered, batch_size, name: As in :func:`dynamic_conv`.
+        size: The convolution.
         mask: What the channel mask covers.
         granularity: Side S of a patch, in outputs. Defaults to None: the whole map.
 
@@ -91,31 +73,11 @@ def channel_conv_cost(
         ValueError: As :func:`dynamic_conv`.
     """
     images = images_of(device, batch_size)
-    sizes = dict(c_in=c_in, c_out=c_out, kernel=kernel, h_out=h_out, w_out=w_out, stride=stride)
-    check_sizes(name, **sizes, groups=groups, dilation=dilation, batch_size=images)
-    check_sizes(
-        name, mask_groups=mask.groups, granularity=1 if granularity is None else granularity
-    )
-    check_groups(name, c_in, c_out, groups)
-    common = (stride, groups, dilation)
+    side = 1 if granularity is None else granularity
+    size.check(name, batch_size=images, mask_groups=mask.groups, granularity=side)
     if granularity is None:
-        return search_channel_conv(
-            device, c_in, c_out, kernel, h_out, w_out, *common, images, mask, name
-        )
-    return search_dynamic_channel_conv(
-        device,
-        c_in,
-        c_out,
-        kernel,
-        h_out,
-        w_out,
-        granularity,
-        *common,
-        gathered,
-        images,
-        mask,
-        name,
-    )
+        return search_channel_conv(device, size, images, mask, name)
+    return search_dynamic_channel_conv(device, size, side, gathered, images, mask, name)
 
 
 def dynamic_conv(
@@ -139,16 +101,11 @@ def dynamic_conv(
 
     Args:
         device: The device.
-        c_in: Input channels.
-        c_out: Output channels.
-        kernel: Kernel size.
+        c_in, c_out, kernel, stride, groups, dilation: See :class:`.conv_size.ConvSize`.
         h_out: Rows of the whole output map; with ``w_out`` it gives the patch positions.
         w_out: Columns of the whole output map.
         granularity: Side S of a patch, in outputs.
         n_patches: Active patches per image, 0 to ``ceil(h_out/S) * ceil(w_out/S)``.
-        stride: Stride.
-        groups: Groups.
-        dilation: Dilation (our extension, as in :func:`static_conv`).
         gathered: Whether the input is already gathered; otherwise the gather is fused and the
             whole input map is charged.
         batch_size: Images per batch. Defaults to the device's.
@@ -158,69 +115,31 @@ def dynamic_conv(
         ValueError: A size is not a positive integer, ``groups`` does not divide the channels, or
             ``n_patches`` is out of range.
     """
-    return dynamic_conv_cost(
+    size = ConvSize(c_in, c_out, kernel, h_out, w_out, stride, groups, dilation)
+    cost = dynamic_conv_cost(
         device,
-        c_in,
-        c_out,
-        kernel,
-        h_out,
-        w_out,
+        size,
         granularity=granularity,
-        stride=stride,
-        groups=groups,
-        dilation=dilation,
         gathered=gathered,
         batch_size=batch_size,
         name=name,
-    ).report(n_patches)
+    )
+    return cost.report(n_patches)
 
 
 def dynamic_conv_cost(
     device: Device,
-    c_in: int,
-    c_out: int,
-    kernel: int,
-    h_out: int,
-    w_out: int,
+    size: ConvSize,
     *,
     granularity: int,
-    stride: int = 1,
-    groups: int = 1,
-    dilation: int = 1,
     gathered: bool = False,
     batch_size: int | None = None,
     name: str = "conv",
 ) -> PatchCost:
     """:func:`dynamic_conv` as a function of the number of patches."""
-    check_sizes(
-        name,
-        c_in=c_in,
-        c_out=c_out,
-        kernel=kernel,
-        h_out=h_out,
-        w_out=w_out,
-        stride=stride,
-        granularity=granularity,
-        groups=groups,
-        dilation=dilation,
-        batch_size=images_of(device, batch_size),
-    )
-    check_groups(name, c_in, c_out, groups)
-    return search_dynamic_conv(
-        device,
-        c_in,
-        c_out,
-        kernel,
-        h_out,
-        w_out,
-        granularity,
-        stride,
-        groups,
-        dilation,
-        gathered,
-        images_of(device, batch_size),
-        name,
-    )
+    images = images_of(device, batch_size)
+    size.check(name, granularity=granularity, batch_size=images)
+    return search_dynamic_conv(device, size, granularity, gathered, images, name)
 
 
 def scatter_add(

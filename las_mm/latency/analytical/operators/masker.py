@@ -8,6 +8,7 @@ from ...report import Report
 from ..channels import (
     ChannelMask,
 )
+from ..conv_size import ConvSize
 from ..device import Device
 from ..tiling import PatchCost
 from .dynamic import channel_conv, channel_conv_cost, dynamic_conv_cost
@@ -87,12 +88,10 @@ def masker_conv1_costs(
         batch_size=batch_size,
         name="masker",
     )
-    conv1_args = (device, c_in, c_out, 1, h_out, w_out)
-    conv1_options: dict[str, Any] = dict(
-        granularity=granularity, stride=stride, batch_size=batch_size, name="conv1"
-    )
+    size = ConvSize(c_in, c_out, 1, h_out, w_out, stride)
+    options: dict[str, Any] = dict(granularity=granularity, batch_size=batch_size, name="conv1")
     if channel_groups:
-        conv1 = channel_conv_cost(*conv1_args, mask=mask, **conv1_options).at(channel_rate)
+        conv1 = channel_conv_cost(device, size, mask=mask, **options).at(channel_rate)
     else:
-        conv1 = dynamic_conv_cost(*conv1_args, **conv1_options)
+        conv1 = dynamic_conv_cost(device, size, **options)
     return fused, masker, conv1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ...report import Report
+from ..checks import check_sizes, images_of
+from ..conv_size import ConvSize
 from ..device import Device
 from ..tiling import search_conv, search_map_op, search_value_op
-from .checks import check_groups, check_sizes, images_of
 
 MASKER_OUTPUTS = 2  # logits "keep" and "skip"
 
@@ -31,33 +32,10 @@ def static_conv(
     Raises:
         ValueError: A size is not a positive integer, or ``groups`` does not divide the channels.
     """
-    check_sizes(
-        name,
-        c_in=c_in,
-        c_out=c_out,
-        kernel=kernel,
-        h_out=h_out,
-        w_out=w_out,
-        stride=stride,
-        groups=groups,
-        dilation=dilation,
-        batch_size=images_of(device, batch_size),
-    )
-    check_groups(name, c_in, c_out, groups)
-    times = search_conv(
-        device,
-        c_in,
-        c_out,
-        kernel,
-        h_out,
-        w_out,
-        stride,
-        groups,
-        dilation,
-        images_of(device, batch_size),
-        True,
-    )
-    return Report(name, *times, device.launch_s)
+    images = images_of(device, batch_size)
+    size = ConvSize(c_in, c_out, kernel, h_out, w_out, stride, groups, dilation)
+    size.check(name, batch_size=images)
+    return Report(name, *search_conv(device, size, images), device.launch_s)
 
 
 def layer_masker(
@@ -79,18 +57,10 @@ def layer_masker(
     Raises:
         ValueError: A size is not a positive integer.
     """
-    check_sizes(
-        name,
-        c_in=c_in,
-        c_out=c_out,
-        h_out=h_out,
-        w_out=w_out,
-        stride=stride,
-        batch_size=images_of(device, batch_size),
-    )
-    times = search_conv(
-        device, c_in, c_out + 1, 1, h_out, w_out, stride, 1, 1, images_of(device, batch_size), False
-    )
+    images = images_of(device, batch_size)
+    ConvSize(c_in, c_out, 1, h_out, w_out, stride).check(name, batch_size=images)
+    size = ConvSize(c_in, c_out + 1, 1, h_out, w_out, stride)
+    times = search_conv(device, size, images, has_output=False)
     return Report(name, *times, device.launch_s)
 
 
@@ -230,7 +200,7 @@ def fully_connected(
     """
     images = images_of(device, batch_size)
     check_sizes(name, c_in=c_in, c_out=c_out, rows=rows, batch_size=images)
-    times = search_conv(device, c_in, c_out, 1, 1, rows * images, 1, 1, 1, 1, True)
+    times = search_conv(device, ConvSize(c_in, c_out, 1, 1, rows * images), 1)
     return Report(name, *times, device.launch_s)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 
-from ..device import Device
+from .device import Device
 
 
 def images_of(device: Device, batch_size: int | None) -> int:
@@ -26,12 +26,3 @@ def check_sizes(name: str, **sizes: int) -> None:
     for key, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
-
-
-def check_groups(name: str, c_in: int, c_out: int, groups: int) -> None:
-    """Raise ValueError unless ``groups`` divides both."""
-    if c_in % groups or c_out % groups:
-        raise ValueError(
-            f"{name}: groups must divide the channels, got groups={groups}, "
-            f"c_in={c_in}, c_out={c_out}"
-        )
