@@ -33,7 +33,7 @@ GPU_TESTS := tests/ops/test_cuda_device.py
 # A few drawn cases; torch's own memory pool would hide accesses beside a tensor.
 GPU_SANITIZE := LAS_MM_HYPOTHESIS_SCALE=0.02 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: help setup benchmark test test-slow test-stack test-stack-short test-gpu cuda-build cuda-resources sanitize lint docs demo clean distclean
+.PHONY: help setup benchmark test test-slow test-stack test-stack-short test-gpu cuda-build cuda-resources sanitize lint docs docs-figures demo clean distclean
 
 help:
 	@echo "make demo       train and evaluate the main config, scaled down, on rendered data"
@@ -46,6 +46,7 @@ help:
 	@echo "make cuda-resources  also check their registers, occupancy and instructions (ARCHITECTURES=\"75 80\": only these)"
 	@echo "make sanitize   tests of the ops under AddressSanitizer and UBSan (GCC, 3 minutes to build)"
 	@echo "make docs       the documentation as a site, in build/site"
+	@echo "make docs-figures  which figures of the documentation are older than what they speak of"
 	@echo "make benchmark  every measurement of docs/performance.md: about 25 minutes, on an idle machine"
 	@echo "make setup      only the environment in .venv"
 	@echo "make clean      remove build files and the demo's data and output, to start it anew"
@@ -159,6 +160,9 @@ cuda-resources: setup
 
 sanitize: setup
 	PYTHON=$(CURDIR)/$(BIN)/python tests/ops/sanitize.sh
+
+docs-figures: setup
+	$(BIN)/python dev/docs_figures.py
 
 docs: setup
 	$(BIN)/pip install --quiet -r requirements/docs.txt
