@@ -176,7 +176,11 @@ $(DEMO)/epoch_20.pth: $(DEMO_CONFIG) | setup
 demo: setup $(DEMO)/epoch_20.pth
 	LAS_MM_COCO=data/demo_coco LAS_MM_PRETRAINED=none $(BIN)/python tools/test.py $(DEMO_CONFIG) $(DEMO)/epoch_20.pth --work-dir $(DEMO) --show-dir $(DEMO)/pictures
 	$(BIN)/python tools/plot_log.py $(DEMO) --out $(DEMO)/curves.png
+	LAS_MM_PRETRAINED=none $(BIN)/las_mm masks $(DEMO_CONFIG) data/demo_coco/val2017 --checkpoint $(DEMO)/epoch_20.pth --out-dir $(DEMO)/masks
+	@echo "== measured here: the trained network, static and dynamic, on 8 of its images"
+	LAS_MM_PRETRAINED=none $(BIN)/las_mm benchmark $(DEMO_CONFIG) --checkpoint $(DEMO)/epoch_20.pth --masks model --images data/demo_coco/val2017 --shape 8 3 256 256 --engines eager las_mm-static --whole-model --rounds 7 --json $(DEMO)/benchmark.json
 	@echo "pictures: $(DEMO)/pictures (detections beside the computed patches), curves: $(DEMO)/curves.png"
+	@echo "what each block computed, image by image: open $(DEMO)/masks/index.html"
 
 benchmark: setup
 	$(BIN)/pip install --quiet -r requirements/benchmark.txt
