@@ -148,7 +148,8 @@ def make_table(result: dict) -> Table:
     env = result["environment"]
     shape = " x ".join(map(str, env["shape"]))
     table = Table(title=f"{env['what']}, {shape}, {env['dtype']}, {_machine(result)}")
-    for column in ("engine", "kind", "precision"):
+    mixed = env["dtype"] == "int8"  # las_mm multiplies in fp32 beside int8; else the title says it
+    for column in ("engine", "kind", *(["precision"] if mixed else [])):
         table.add_column(column, no_wrap=True)
     for column in ("median ms", "min ms", "to best static", "GFLOP/s", "rel. error"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -162,7 +163,7 @@ def make_table(result: dict) -> Table:
         table.add_row(
             row["engine"],
             row["kind"],
-            row["precision"],
+            *([row["precision"]] if mixed else []),
             f"{row['median_ms']:.2f}",
             f"{row['min_ms']:.2f}",
             f"{row['ratio']:.3f}",
@@ -172,7 +173,7 @@ def make_table(result: dict) -> Table:
             row["note"],
         )
     for entry in result["skipped"]:
-        blanks = [""] * (7 if floor else 6)
+        blanks = [""] * (len(table.columns) - 3)
         table.add_row(entry["engine"], "skipped", *blanks, entry["reason"])
     return table
 
