@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 # Whether torch.compile or torch.export reads the caller now. Those two ask for the function itself.
-is_compiling: Callable[[], bool] = getattr(
-    torch.compiler, "is_compiling", torch._dynamo.external_utils.is_compiling
+is_compiling: Callable[[], bool] = (
+    torch.compiler.is_compiling
+    if hasattr(torch.compiler, "is_compiling")
+    else torch._dynamo.external_utils.is_compiling  # named here only: it imports all of dynamo, 3 s
 )
 # Whether it is torch.export, which forbids to leave anything in a module. Before torch 2.7 nobody
 # can tell them apart, so under torch.compile nothing is left either: activations stay as they were.

@@ -150,7 +150,7 @@ def unknown_bases(cls: type) -> Iterable[type]:
 
 def _check_instance(module: nn.Module, what: str) -> None:
     """Nothing was put over what the class of ``module`` has, or where torch does not count it."""
-    for name, value in module.__dict__.items():
+    for name, value in list(module.__dict__.items()):  # other threads set attributes meanwhile
         if callable(value) and hasattr(type(module), name) and name != "_compiled_call_impl":
             raise Unsupported(f"{what} had its {name} replaced")
         if isinstance(value, Tensor) and name != "offset":
@@ -240,7 +240,7 @@ def check_children(module: nn.Module, consumed: Collection[str]) -> None:
     """
     stores = (module._modules, module._parameters, module._buffers)
     for store in stores:
-        for name, value in store.items():
+        for name, value in list(store.items()):
             if value is not None and name not in consumed:
                 raise Unsupported(f"it has a {name} ({type(value).__name__}) beside its own parts")
 

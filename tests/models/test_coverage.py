@@ -19,6 +19,7 @@ from las_mm.models import (
     LASRegNet,
     LASResNet,
     collect_activations,
+    coverage,
     plan,
     sparse,
 )
@@ -612,3 +613,20 @@ def test_flop_counter(mode, cls):
     others = (sum(others) + sum(map(masker_macs, shape.blocks))) * len(x)
     assert macs - others <= counter.get_total_flops() / 2 <= macs * 1.001
     assert not reasons(net) and ops.has_kernels("cpu")
+
+
+def test_an_attribute_that_another_thread_sets_while_a_module_is_checked():
+    class Setting(type):
+        """Stands for the thread: is asked in the middle of the check."""
+
+        def __getattr__(cls, name):
+            module.__dict__["input_hw"] = (1, 1)
+            raise AttributeError(name)
+
+    class Module(nn.Module, metaclass=Setting):
+        pass
+
+    module = Module()
+    module.__dict__["late"] = print
+    coverage.check_plain(module, "it", Module)
+    assert module.input_hw == (1, 1)

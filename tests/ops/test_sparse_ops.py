@@ -626,12 +626,15 @@ def test_isa_is_the_one_asked_for():
     assert torch.ops.las_mm.cpu_isa() == expected
 
 
+# The best level is what all other tests of the operators run on.
 @needs_isa
 @pytest.mark.skipif(bool(LEVEL), reason=f"already inside the run for {LEVEL}")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
     if level not in levels_of_this_cpu():
         pytest.skip(f"this CPU has no {level}")
+    if level == levels_of_this_cpu()[-1]:
+        pytest.skip(f"{level} is what this process runs on")
     environment = dict(os.environ, LAS_MM_CPU_ISA=level, OMP_NUM_THREADS="1")
     environment["LAS_MM_HYPOTHESIS_SCALE"] = str(0.1 * cases.SCALE)
     run = subprocess.run(
@@ -656,17 +659,36 @@ def test_every_instruction_set(level):
     assert " passed" in run.stdout and "NATIVE OPS NOT BUILT" not in run.stdout
 
 
+ASK_FOR_LEVELS = """
+import os, sys, torch
+torch.ops.load_library(sys.argv[1])
+for level in sys.argv[2:]:
+    if os.fork() == 0:
+        os.environ["LAS_MM_CPU_ISA"] = level
+        try:
+            print("ran", torch.ops.las_mm.cpu_isa(), flush=True)
+        except ValueError as error:
+            print(level, "refused", error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
 @needs_isa
-@pytest.mark.parametrize("level", ["mmx", *[n for n in LEVELS if n not in levels_of_this_cpu()]])
-def test_instruction_set_that_the_cpu_lacks(level):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_instruction_sets_that_the_cpu_lacks():
+    lacking = ["mmx", *[name for name in LEVELS if name not in levels_of_this_cpu()]]
     run = subprocess.run(
-        [sys.executable, "-c", "import las_mm.ops, torch; torch.ops.las_mm.cpu_isa()"],
-        env=dict(os.environ, LAS_MM_CPU_ISA=level),
+        [sys.executable, "-c", ASK_FOR_LEVELS, sys.modules["las_mm._C"].__file__, *lacking, "generic"],
+        env={key: value for key, value in os.environ.items() if key != "LAS_MM_CPU_ISA"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert run.returncode != 0 and "LAS_MM_CPU_ISA" in run.stderr
+    *refusals, last = run.stdout.splitlines()
+    assert last == "ran generic", run.stderr
+    assert [line.split(" refused ")[0] for line in refusals] == lacking
+    assert all("LAS_MM_CPU_ISA" in line.split(" refused ")[1] for line in refusals)
 
 
 NCHW = pytest.mark.parametrize("shape", [(0, 3, 2, 2), (1, 1, 1, 1), (2, 17, 9, 15), (3, 64, 8, 8)])
