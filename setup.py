@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 DESCRIPTION = "Latency-aware spatially dynamic networks (LASNet, LAUDNet) for OpenMMLab projects"
 CUDA_FOLDERS = ("/usr/local/cuda-{}", "/usr/local/cuda")  # {}: the version of torch's CUDA
 PYTHONS = ("3.10", "3.11", "3.12")  # of requirements/stacks
+UNITS = 3
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
 
@@ -95,6 +96,27 @@ def cuda_sources(torch):
     return sorted(glob("ops/cuda/*.cu")), f"{toolkit}, for {os.environ['TORCH_CUDA_ARCH_LIST']}"
 
 
+def units(sources):
+    """Files in build/ that include several of ``sources`` each, for two compilers at a time.
+
+    Of the 25 s that a source takes alone, 18 are torch's headers. The kernels have none of these,
+    and compile for one instruction set each.
+    """
+    alone = [path for path in sources if Path(path).name.startswith("kernels")]
+    others = [path for path in sources if path not in alone]
+    folder = Path("build", "units")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(UNITS):
+        lines = (
+            f'#include "{Path(path).relative_to("ops").as_posix()}"' for path in others[part::UNITS]
+        )
+        path, text = folder / f"part_{part}.cpp", "\n".join([*lines, ""])
+        if not path.is_file() or path.read_text() != text:  # ninja compiles what is newer
+            path.write_text(text)
+        alone.append(path.as_posix())
+    return alone
+
+
 def native_extension():
     """Arguments of setup() that build las_mm._C."""
     if os.environ.get("LAS_MM_NO_NATIVE") == "1":
@@ -112,13 +134,13 @@ def native_extension():
 
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is serial without
     common = sorted(glob("ops/common/*.cpp") + glob("ops/cpu/*.cpp"))
-    optimize = "/O2" if sys.platform == "win32" else "-O3"
+    optimize = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0"]
     extension = (CUDAExtension if cuda else CppExtension)(
         name="las_mm._C",
-        sources=["ops/library.cpp", *common, *cuda],
-        depends=sorted(glob("ops/*/*.h") + glob("ops/*/*.cuh")),
+        sources=[*units(["ops/library.cpp", *common]), *cuda],
+        depends=sorted(glob("ops/*/*.h") + glob("ops/*/*.cuh") + ["ops/library.cpp", *common]),
         include_dirs=[str(ROOT / "ops")],
-        extra_compile_args={"cxx": [optimize, *openmp], "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": [*optimize, *openmp], "nvcc": ["-O3"]},
         extra_link_args=openmp,
     )
     if cuda:  # nvcc knows its headers; the other files compile, and are kept, as without CUDA

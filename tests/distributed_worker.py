@@ -1,6 +1,6 @@
 """A short training of a classifier, in one process or as one of several: see test_distributed.py.
 
-python -m torch.distributed.run --nproc_per_node=2 tests/distributed_worker.py OUT_FOLDER BACKBONE
+python -m torch.distributed.run --nproc_per_node=2 tests/distributed_worker.py OUT_FOLDER
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class GlobalNoise(Hook):
 
 def train(work_dir: Path, launcher: str, name: str = "bottlenecks") -> dict:
     """Train :data:`STEPS` steps; return the log and the final weights."""
-    cfg = Config(dict(launcher=launcher, experiment_name=f"distributed_{launcher}"))
+    cfg = Config(dict(launcher=launcher, experiment_name=f"distributed_{launcher}_{name}"))
     preflight.prepare_device(cfg)
     batches = [range(i * GLOBAL_BATCH, (i + 1) * GLOBAL_BATCH) for i in range(STEPS)]
     hook = GlobalNoise()
@@ -148,5 +148,5 @@ def train(work_dir: Path, launcher: str, name: str = "bottlenecks") -> dict:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    result = train(folder, "pytorch", *sys.argv[2:])
+    result = {name: train(folder, "pytorch", name) for name in BACKBONES}
     torch.save(result, folder / f"rank{dist.get_rank()}.pt")

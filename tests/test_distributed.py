@@ -29,7 +29,7 @@ def environment(**extra: str) -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
         **extra,
     }
 
@@ -41,16 +41,21 @@ def backbone(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, backbone) -> list[dict]:
-    """What each of two processes logged and ended with."""
+def all_of_two_processes(tmp_path_factory) -> list[dict[str, dict]]:
+    """What each of two processes logged and ended with, for each backbone."""
     out = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", worker.__file__, str(out), backbone]
+    command += [f"--master_port={free_port()}", worker.__file__, str(out)]
     done = subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def two_processes(all_of_two_processes, backbone) -> list[dict]:
+    return [rank[backbone] for rank in all_of_two_processes]
 
 
 @pytest.fixture(scope="module")

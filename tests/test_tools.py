@@ -390,7 +390,8 @@ def test_work_dir(configure, config, tmp_path):
 
 
 def run(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), os.environ["PYTHONPATH"]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -402,20 +403,12 @@ def run(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["tools/train.py", "{config}", "--resume", "/gone.pth"], "/gone.pth does not exist"),
-        (["tools/test.py", "{config}", "x.pth", "--out", "x.txt"], "--out must end in .pkl"),
-    ],
-    ids=["train", "test"],
-)
-def test_errors_are_one_line_and_an_exit_code(arguments, words, config):
-    done = run(*(argument.format(config=config) for argument in arguments))
+def test_errors_are_one_line_and_an_exit_code(config):
+    done = run("tools/train.py", config, "--resume", "/gone.pth")
     assert done.returncode == 2
     output = done.stdout + done.stderr
     (line,) = (line for line in output.splitlines() if "error:" in line)
-    assert words in line
+    assert "/gone.pth does not exist" in line
     assert "Traceback" not in output
 
 

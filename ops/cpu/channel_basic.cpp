@@ -16,9 +16,6 @@
 namespace las_mm::cpu {
 namespace {
 
-void assign(float value, float& out) { out = value; }
-void assign(float value, bf16& out) { out.bits = c10::BFloat16(value).x; }
-
 // The convolutions of the hidden channels that one image wants, in `memory`.
 template <typename T>
 class SelectedBasic {

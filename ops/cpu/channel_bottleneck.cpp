@@ -77,8 +77,8 @@ void run_channels(const at::Tensor& x, const Arguments& a, const Shape& all,
   });
 }
 
-struct Call {
-  Call(const at::Tensor& x, Arguments arguments, const at::Tensor& channel_mask,
+struct ChannelCall {
+  ChannelCall(const at::Tensor& x, Arguments arguments, const at::Tensor& channel_mask,
        Optional<std::vector<at::Tensor>> channel_constants)
       : a(std::move(arguments)), s(check(x, a)) {
     check_channels(channel_mask, channel_constants, x, s);
@@ -118,7 +118,7 @@ at::Tensor channel_bottleneck(const at::Tensor& x, const MaybeTensor& mask,
                               const MaybeTensor& shortcut, int64_t granularity,
                               at::IntArrayRef strides, int64_t dilation, int64_t groups,
                               double winograd_cost, Optional<Tensors> excitation) {
-  const Call call(
+  const ChannelCall call(
       x,
       {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity, strides.vec(),
        dilation, groups, winograd_cost, nullopt, 1.0, std::move(excitation)},
@@ -137,7 +137,7 @@ void channel_bottleneck_(const at::Tensor& x, const MaybeTensor& mask,
                          Optional<Tensors> excitation) {
   TORCH_CHECK_VALUE(weights.size() != 4,
                     "weights must have no downsample convolution to work in place");
-  const Call call(
+  const ChannelCall call(
       x,
       {mask, std::move(weights), std::move(biases), winograd, shortcut, granularity, strides.vec(),
        dilation, groups, winograd_cost, nullopt, 1.0, std::move(excitation)},

@@ -14,7 +14,7 @@
 namespace las_mm::cpu {
 namespace {
 
-constexpr int64_t kWord = 8, kLanes = 8;
+constexpr int64_t kWord = 8, kStreams = 8;
 constexpr int64_t kWholeBytes = 2 << 10;  // up to this, all is read every time
 constexpr int64_t kSamples = 16;           // of what is larger
 constexpr int64_t kTaskBytes = 1 << 16;
@@ -34,11 +34,11 @@ inline uint64_t load(const char* from, int64_t bytes = kWord) {
 }
 
 uint64_t hash_run(const char* data, int64_t bytes, uint64_t hash) {
-  uint64_t lanes[kLanes];  // independent, so that products overlap
-  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = hash + lane;
+  uint64_t lanes[kStreams];  // independent, so that products overlap
+  for (int64_t lane = 0; lane < kStreams; ++lane) lanes[lane] = hash + lane;
   int64_t i = 0;
-  for (; i + kLanes * kWord <= bytes; i += kLanes * kWord) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
+  for (; i + kStreams * kWord <= bytes; i += kStreams * kWord) {
+    for (int64_t lane = 0; lane < kStreams; ++lane) {
       lanes[lane] = mix(lanes[lane], load(data + i + lane * kWord));
     }
   }

@@ -13,8 +13,6 @@ float widened(bf16 value) {
   std::memcpy(&result, &bits, sizeof result);
   return result;
 }
-void assign(float value, float& out) { out = value; }
-void assign(float value, bf16& out) { out.bits = c10::BFloat16(value).x; }
 
 }  // namespace
 

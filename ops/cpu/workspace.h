@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
 
 #include <cstdint>
 #include <deque>
@@ -74,5 +75,8 @@ inline float* mutable_values(const at::Tensor& x, float) { return x.mutable_data
 inline bf16* mutable_values(const at::Tensor& x, bf16) {
   return reinterpret_cast<bf16*>(x.mutable_data_ptr<at::BFloat16>());
 }
+
+inline void assign(float value, float& out) { out = value; }
+inline void assign(float value, bf16& out) { out.bits = c10::BFloat16(value).x; }
 
 }  // namespace las_mm::cpu

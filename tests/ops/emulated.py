@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
 
 from las_mm.ops.masks import ceil_div
@@ -86,14 +87,16 @@ def build(element: str, folder: Path, headers: Path = OPS, flags: Sequence[str] 
         headers: The ``ops`` folder with the kernels.
         flags: More arguments of the compiler.
     """
-    command = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-DLAS_MM_EMULATE", *flags]
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-DLAS_MM_EMULATE", *flags]
     sources = [*sorted(headers.glob("c*/*.cuh")), *sorted(headers.glob("common/*.h"))]
     digest = hashlib.sha256(repr([*command, element]).encode())
     for path in [*sources, EMULATOR / "emulator.h", EMULATOR / "bindings.cpp"]:
         digest.update(path.read_bytes())
     target = folder / f"emulated_{element}_{digest.hexdigest()[:16]}.so"
-    if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_suffix(".lock")):  # several processes test at a time
+        if target.is_file():
+            return target
         partial = target.with_suffix(".partial")
         done = subprocess.run(
             [

@@ -465,11 +465,11 @@ def expect_applicable(mutants):
 
 
 def as_parameters(mutants):
-    """The first mistake of each kernel; the others, a compilation each, are slow tests."""
+    """The first mistake of each file; the others, a compilation each, are slow tests."""
     seen = set()
     for mutant in mutants:
-        marks = [pytest.mark.slow] if mutant.kernel in seen else []
-        seen.add(mutant.kernel)
+        marks = [pytest.mark.slow] if mutant.file in seen else []
+        seen.add(mutant.file)
         yield pytest.param(mutant, id=f"{mutant.kernel}: {mutant.mistake}", marks=marks)
 
 

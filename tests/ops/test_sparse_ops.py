@@ -679,7 +679,14 @@ for level in sys.argv[2:]:
 def test_instruction_sets_that_the_cpu_lacks():
     lacking = ["mmx", *[name for name in LEVELS if name not in levels_of_this_cpu()]]
     run = subprocess.run(
-        [sys.executable, "-c", ASK_FOR_LEVELS, sys.modules["las_mm._C"].__file__, *lacking, "generic"],
+        [
+            sys.executable,
+            "-c",
+            ASK_FOR_LEVELS,
+            sys.modules["las_mm._C"].__file__,
+            *lacking,
+            "generic",
+        ],
         env={key: value for key, value in os.environ.items() if key != "LAS_MM_CPU_ISA"},
         capture_output=True,
         text=True,
