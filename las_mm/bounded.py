@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -23,12 +24,15 @@ class Recent(Generic[Key, Value]):
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """The value of ``key``, made where it is not there."""
-        if key in self._values:
+        try:  # another thread may drop the key at any time
             self._values.move_to_end(key)
             return self._values[key]
+        except KeyError:
+            pass
         value = self._values[key] = make()
         if len(self._values) > self.size:
-            self._values.popitem(last=False)
+            with contextlib.suppress(KeyError):
+                self._values.popitem(last=False)
         return value
 
     def __len__(self) -> int:

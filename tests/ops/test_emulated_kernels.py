@@ -84,9 +84,10 @@ def test_drawn_cases(test, kind, tile, libraries):
     check_drawn(test, machine, dtype, CHECKS[test])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("layer3.1", marks=pytest.mark.slow), "layer4.0", "layer4.1"]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("layer3.1", "layer4.0")]
+
+
+@pytest.mark.parametrize("name", ["layer4.1", *SLOW])
 def test_traffic_is_near_the_least(name, libraries):
     """At ResNet-101's shapes: bytes and multiplications within 10 % of what is unavoidable."""
     block = dict(kernel_traffic.blocks())[name]

@@ -67,7 +67,7 @@ class SparseBlock:
         """The form for inputs like ``x``; packs what that form needs before anyone sees it."""
         if compat.is_compiling():
             return self.choice
-        block.input_hw = (x.shape[-2], x.shape[-1])
+        leave(block, "input_hw", (x.shape[-2], x.shape[-1]))
         size = (*x.shape, torch.get_num_threads())
         self.choice = self._choices.get(size, lambda: self._choose(block, x))
         return self.choice
@@ -125,8 +125,20 @@ class SparseBlock:
                 block.channel_granularity,
             )
             # Ten small operations that nobody may ask for.
-            block.activation = record() if compat.is_compiling() else record
+            leave(block, "_activation", record() if compat.is_compiling() else record)
         return groups.bool()
+
+
+def leave(block: nn.Module, name: str, value: object) -> None:
+    """Set an attribute that holds no tensor of its own accord, for every block of every image.
+
+    ``nn.Module.__setattr__`` first looks for parameters and modules, 3 us. torch.compile knows no
+    other way.
+    """
+    if compat.is_compiling():
+        setattr(block, name, value)
+    else:
+        block.__dict__[name] = value
 
 
 def _spatial_activation(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from las_mm import ops
 from las_mm.models import plan
 from las_mm.models.coverage import Unsupported, is_channels_last
-from las_mm.models.executors.base import SparseBlock, layers_of
+from las_mm.models.executors.base import SparseBlock, layers_of, leave
 from las_mm.models.executors.folding import (
     check_block,
     check_channel_groups,
@@ -145,7 +145,7 @@ class SparseBasicBlock(SparseBlock):
                 return ops.channel_basic_(x, groups, mask, pack, size, self.constant)
             return ops.channel_basic(x, groups, mask, pack, size, shortcut, self.constant)
         if known is not None:
-            block.activation = known
+            leave(block, "_activation", known)
         if in_place:
             return ops.sparse_basic_(x, mask, pack, granularity)
         return ops.sparse_basic(x, mask, pack, granularity, shortcut)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from las_mm import memory, ops
+from las_mm import compat, memory, ops
 from las_mm.models import plan
 from las_mm.models.coverage import (
     Unsupported,
@@ -15,7 +15,7 @@ from las_mm.models.coverage import (
     check_conv,
     is_channels_last,
 )
-from las_mm.models.executors.base import SparseBlock, layers_of
+from las_mm.models.executors.base import SparseBlock, layers_of, leave
 from las_mm.models.executors.folding import (
     POINTWISE,
     check_block,
@@ -48,6 +48,11 @@ class SparseBottleneck(SparseBlock):
     # Weights and biases of masker_channel where one op does its work, not copied.
     channel_layers: tuple[list[Tensor], list[Tensor]] | None = None
     channels_last: bool = False  # whether dense convolutions with its weights put out channels_last
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Of the last call: its choice, what it was made from, and the arguments.
+        self._last: tuple[Choice, ops.BottleneckPack, ops.BottleneckPack] | None = None
 
     @classmethod
     def of(cls, block: nn.Module) -> SparseBottleneck:
@@ -144,21 +149,32 @@ class SparseBottleneck(SparseBlock):
             )
         return choice
 
-    def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
-        """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
-        choice = self.plan(block, x)
-        pack = ops.BottleneckPack(  # not _replace, which torch.compile of torch 2.1 cannot read
-            self.pack.weights,
-            [block.checked(self.pack.biases[0], x), *self.pack.biases[1:]],
-            self.pack.winograd if choice.winograd else None,
-            self.pack.dense if choice.dense_above < 1 else None,
-            self.pack.excitation,
-            self.pack.strides,
-            self.pack.dilation,
-            self.pack.groups,
+    def _chosen(self, block: nn.Module, x: Tensor) -> ops.BottleneckPack:
+        """The arguments of the form for inputs like ``x``."""
+        choice, last = self.plan(block, x), self._last
+        if not compat.is_compiling() and last is not None:
+            if last[0] is choice and last[1] is self.pack:
+                return last[2]
+        pack = self.pack
+        chosen = ops.BottleneckPack(  # not _replace, which torch.compile of torch 2.1 cannot read
+            pack.weights,
+            [block.checked(pack.biases[0], x), *pack.biases[1:]],
+            pack.winograd if choice.winograd else None,
+            pack.dense if choice.dense_above < 1 else None,
+            pack.excitation,
+            pack.strides,
+            pack.dilation,
+            pack.groups,
             choice.winograd_cost,
             choice.dense_above,
         )
+        if not compat.is_compiling():
+            self._last = choice, pack, chosen
+        return chosen
+
+    def __call__(self, block: nn.Module, x: Tensor, in_place: bool) -> Tensor:
+        """Run on ``x``; leaves ``block.activation``. ``in_place``: ``x`` may be overwritten."""
+        pack = self._chosen(block, x)
         mask, granularity, known = self._positions(block, x)
         in_place = in_place and len(pack.weights) == 3
         shortcut = None if self.pool is None else self.pool(x)
@@ -169,7 +185,7 @@ class SparseBottleneck(SparseBlock):
                 return ops.channel_bottleneck_(x, groups, mask, pack, size, self.constants)
             return ops.channel_bottleneck(x, groups, mask, pack, size, shortcut, self.constants)
         if known is not None:
-            block.activation = known
+            leave(block, "_activation", known)
         if in_place:
             return ops.sparse_bottleneck_(x, mask, pack, granularity)
         return ops.sparse_bottleneck(x, mask, pack, granularity, shortcut)

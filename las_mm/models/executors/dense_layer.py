@@ -17,7 +17,7 @@ from las_mm.models.coverage import (
     check_plain,
     is_channels_last,
 )
-from las_mm.models.executors.base import SparseBlock
+from las_mm.models.executors.base import SparseBlock, leave
 from las_mm.models.executors.folding import POINTWISE, affine, check_maskers, fold
 from las_mm.models.executors.stem import FusedStem
 from las_mm.models.plan import Choice
@@ -90,7 +90,7 @@ class SparseDenseLayer(SparseBlock):
         vectors = [layer.checked(self.pack.vectors[0], x), *self.pack.vectors[1:]]
         mask, granularity, known = self._positions(layer, x)
         if known is not None:
-            layer.activation = known
+            leave(layer, "_activation", known)
         # Not _replace, which torch.compile of torch 2.1 cannot read.
         pack = ops.DenseLayerPack(
             self.pack.weights, vectors, self.pack.winograd, self.pack.winograd_cost

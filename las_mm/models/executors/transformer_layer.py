@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from las_mm.models.activation import Activation
 from las_mm.models.coverage import Unsupported, check_children, check_class, check_plain
-from las_mm.models.executors.base import SparseBlock
+from las_mm.models.executors.base import SparseBlock, leave
 from las_mm.models.plan import Choice
 from las_mm.network.transformer import AXES
 
@@ -108,7 +108,7 @@ class SparseTransformerLayer(SparseBlock):
         normed = None if block.masker_token is None else block.ln1(x)
         masks = block.decide(x, normed)
         # Ten small operations that nobody may ask for.
-        block.activation = partial(record, masks, Activation(self.one))
+        leave(block, "_activation", partial(record, masks, Activation(self.one)))
         token, heads, attention, mlp = masks
         out = x if in_place and x.is_contiguous() else x.clone(memory_format=_CONTIGUOUS)
         kept = None if token is None else token.bool()
