@@ -26,10 +26,11 @@ from las_mm.benchmark import (
     whole_model,
 )
 from las_mm.benchmark.contest import Contestant
+from las_mm.benchmark.static_engines import export_onnx
 from las_mm.benchmark.subject import fold_batchnorm, load_candidate, randomize
 from las_mm.cli import benchmark as command
 from las_mm.errors import UserError
-from las_mm.models import LASResNet, collect_activations
+from las_mm.models import LASResNet, LAUDT2TViT, collect_activations
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (2, 3, 64, 96)
@@ -536,3 +537,24 @@ def test_a_gpu_without_the_kernels_that_skip_channels(fake_gpu, refusal, tool, m
     message = refusal("--device", "cuda", "--mode", mode, "--engines")
     assert f"--mode {mode} needs the kernels that skip channels" in message
     assert "FORCE_CUDA=1 pip install" in message
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LAUDT2TViT(
+            dict(embed_dims=64, num_layers=1, num_heads=2), mode="static", img_size=64
+        ),
+        lambda: LASResNet(18, base_channels=8, stem_channels=8, mode="static"),
+    ],
+    ids=["T2T-ViT", "ResNet"],
+)
+def test_static_networks_can_be_exported_for_the_rivals(make, tmp_path):
+    """An engine that cannot take part would leave the comparison to slower ones."""
+    path = tmp_path / "static.onnx"
+    try:
+        export_onnx(make().eval(), torch.randn(1, 3, 64, 64), path, ["y"])
+    except Exception as error:  # every operation had its ONNX form by then
+        assert "onnx is not installed" in str(error)
+    else:
+        assert path.stat().st_size > 10_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,32 @@ def _export(subject: Subject) -> Path:
     """The twin as an ONNX file, written once."""
     path = subject.work_dir / "twin.onnx"
     if not path.exists():
-        with torch.no_grad():
-            torch.onnx.export(
-                subject.twin,
-                (subject.x,),
-                str(path),
-                input_names=["x"],
-                output_names=_names(subject),
-                opset_version=18,
-                dynamo=False,
-            )
+        export_onnx(subject.twin, subject.x, path, _names(subject))
     return path
+
+
+def export_onnx(model: nn.Module, x: Tensor, path: Path, names: list[str], **options: Any) -> None:
+    """Write ``model`` for inputs like ``x`` with outputs of these names, by torch's older exporter.
+
+    Args:
+        model: A module of tensors in and out.
+        x: Its input.
+        path: The file.
+        names: Of the outputs.
+        options: More of ``torch.onnx.export``'s.
+    """
+    if "dynamo" in inspect.signature(torch.onnx.export).parameters:  # torch 2.5 and newer
+        options["dynamo"] = False
+    with torch.no_grad():
+        torch.onnx.export(
+            model,
+            (x,),
+            str(path),
+            input_names=["x"],
+            output_names=names,
+            opset_version=17,
+            **options,
+        )
 
 
 def _names(subject: Subject) -> list[str]:
@@ -114,17 +130,9 @@ def _quantize(subject: Subject) -> Path:
 
     # One image at a time, so a file of its own, whose batch is not fixed.
     source, prepared = subject.work_dir / "any_batch.onnx", subject.work_dir / "prepared.onnx"
-    with torch.no_grad():
-        torch.onnx.export(
-            subject.twin,
-            (subject.x,),
-            str(source),
-            input_names=["x"],
-            output_names=_names(subject),
-            dynamic_axes={name: {0: "n"} for name in ("x", *_names(subject))},
-            opset_version=18,
-            dynamo=False,
-        )
+    names = _names(subject)
+    axes = {name: {0: "n"} for name in ("x", *names)}
+    export_onnx(subject.twin, subject.x, source, names, dynamic_axes=axes)
     quant_pre_process(str(source), str(prepared))
     quantization.quantize_static(
         str(prepared),

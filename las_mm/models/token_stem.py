@@ -42,14 +42,14 @@ class PerformerLayer(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         """exp(w x - |x|^2 / 2) / sqrt(m): (N, L, C) -> (N, L, m)."""
         half = x.square().sum(dim=-1, keepdim=True) / 2
-        return torch.exp(x @ self.w.mT - half) / math.sqrt(len(self.w))
+        return torch.exp(x @ self.w.transpose(-2, -1) - half) / math.sqrt(len(self.w))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, input_dims) -> (N, L, embed_dims)."""
         keys, queries, values = self.kqv(self.norm1(x)).split(self.embed_dims, dim=-1)
         keys, queries = self._features(keys), self._features(queries)
         total = queries @ keys.sum(dim=1)[..., None]
-        mixed = queries @ (keys.mT @ values) / (total + 1e-8)
+        mixed = queries @ (keys.transpose(-2, -1) @ values) / (total + 1e-8)
         out = values + self.proj(mixed)
         return out + self.mlp(self.norm2(out))
 
