@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 DESCRIPTION = "Latency-aware spatially dynamic networks (LASNet, LAUDNet) for OpenMMLab projects"
 CUDA_FOLDERS = ("/usr/local/cuda-{}", "/usr/local/cuda")  # {}: the version of torch's CUDA
 PYTHONS = ("3.10", "3.11", "3.12")  # of requirements/stacks
-UNITS = 3
+UNITS = 3  # in which the native sources compile
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
 
@@ -97,10 +97,11 @@ def cuda_sources(torch):
 
 
 def units(sources):
-    """Files in build/ that include several of ``sources`` each, for two compilers at a time.
+    """Files in build/ that include several of ``sources`` each, and the kernels as they are.
 
-    Of the 25 s that a source takes alone, 18 are torch's headers. The kernels have none of these,
-    and compile for one instruction set each.
+    Of the 25 s that a source takes alone, 18 are torch's headers. Anonymous namespaces of sources
+    that share a unit are one, so names in them have to differ. The kernels include none of torch's
+    headers, and compile for one instruction set each.
     """
     alone = [path for path in sources if Path(path).name.startswith("kernels")]
     others = [path for path in sources if path not in alone]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from las_mm.benchmark.static_engines import export_onnx
 from train_cifar import load_data, logits_of, make_network, normalise, pack
 
 
@@ -202,10 +203,7 @@ def engines_of(weights: Path, name: str, batch: int) -> dict:
     file = weights / f"{name}-{batch}.onnx"
     try:
         if not file.exists():
-            with torch.no_grad():
-                torch.onnx.export(
-                    whole, (example,), str(file), input_names=["x"], opset_version=18, dynamo=False
-                )
+            export_onnx(whole, example, file, ["logits"])
     except Exception as error:
         print(f"no ONNX: {error}")
         return found

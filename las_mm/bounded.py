@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -31,8 +30,7 @@ class Recent(Generic[Key, Value]):
             pass
         value = self._values[key] = make()
         if len(self._values) > self.size:
-            with contextlib.suppress(KeyError):
-                self._values.popitem(last=False)
+            self._values.popitem(last=False)
         return value
 
     def __len__(self) -> int:

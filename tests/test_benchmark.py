@@ -30,7 +30,7 @@ from las_mm.benchmark.static_engines import export_onnx
 from las_mm.benchmark.subject import fold_batchnorm, load_candidate, randomize
 from las_mm.cli import benchmark as command
 from las_mm.errors import UserError
-from las_mm.models import LASResNet, LAUDT2TViT, collect_activations
+from las_mm.models import LASDenseNet, LASRegNet, LASResNet, LAUDT2TViT, collect_activations
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (2, 3, 64, 96)
@@ -546,8 +546,10 @@ def test_a_gpu_without_the_kernels_that_skip_channels(fake_gpu, refusal, tool, m
             dict(embed_dims=64, num_layers=1, num_heads=2), mode="static", img_size=64
         ),
         lambda: LASResNet(18, base_channels=8, stem_channels=8, mode="static"),
+        lambda: LASRegNet("regnety_400mf", mode="static"),
+        lambda: LASDenseNet("121", mode="static"),
     ],
-    ids=["T2T-ViT", "ResNet"],
+    ids=["T2T-ViT", "ResNet", "RegNetY", "DenseNet"],
 )
 def test_static_networks_can_be_exported_for_the_rivals(make, tmp_path):
     """An engine that cannot take part would leave the comparison to slower ones."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import runpy
 import shlex
@@ -25,11 +24,12 @@ CHEAP = [line for line in OURS if line.split()[1] in ("predict", "search")]
 def help_of(line: str, capsys, monkeypatch) -> str:
     words = shlex.split(line)
     monkeypatch.setattr(sys, "argv", [words[1], "--help"])
-    with contextlib.suppress(SystemExit):
+    with pytest.raises(SystemExit) as end:
         if words[0] == "las_mm":
             cli.main(sys.argv)
         else:
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    assert not end.value.code
     return capsys.readouterr().out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,6 @@ from las_mm.benchmark.roofline import GPUS, Gpu, Kernel
 from las_mm.latency import BottleneckShape, resnet_shape
 from las_mm.models.flops import count_macs
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK = BottleneckShape(
     name="b", stage=2, mode="spatial", granularity=2, c_in=16, width=4, c_out=16, h_in=8, w_in=8,
     stride=1,

@@ -58,6 +58,22 @@ def make_toolkit(folder: Path, architectures: str = RECENT) -> str:
     return str(folder)
 
 
+def test_units_hold_every_source_once_and_are_left_if_nothing_changed(setup, monkeypatch, tmp_path):
+    sources = ["ops/library.cpp", "ops/cpu/kernels_avx2.cpp"]
+    sources += [f"ops/cpu/{name}.cpp" for name in "abcdefg"]
+    monkeypatch.chdir(tmp_path)
+    made = setup.units(sources)
+    assert made[0] == "ops/cpu/kernels_avx2.cpp" and len(made) == 1 + setup.UNITS
+    lines = [line for path in made[1:] for line in Path(path).read_text().splitlines()]
+    assert sorted(lines) == sorted(f'#include "{s[4:]}"' for s in sources if "kernels" not in s)
+    for path in made[1:]:
+        os.utime(path, (1, 1))
+    assert setup.units(sources) == made
+    assert all(os.stat(path).st_mtime == 1 for path in made[1:])
+    setup.units(sources[:-1])
+    assert any(os.stat(path).st_mtime != 1 for path in made[1:])
+
+
 def test_toolkit_is_looked_for_in_order(setup, monkeypatch, tmp_path):
     torch = make_torch(gpu=False)
     assert setup.find_cuda_toolkit(torch) is None

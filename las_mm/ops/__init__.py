@@ -16,12 +16,8 @@ import torch
 
 from las_mm.ops.basic import BasicPack, pack_basic, sparse_basic, sparse_basic_
 from las_mm.ops.basic_channels import channel_basic, channel_basic_
-from las_mm.ops.bottleneck import (
-    BottleneckPack,
-    pack_bottleneck,
-    sparse_bottleneck,
-    sparse_bottleneck_,
-)
+from las_mm.ops.bottleneck import sparse_bottleneck, sparse_bottleneck_
+from las_mm.ops.bottleneck_pack import BottleneckPack, pack_bottleneck
 from las_mm.ops.channels import channel_bottleneck, channel_bottleneck_, channel_mask, channel_mean
 from las_mm.ops.contents import (
     MANY_POSITIONS,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from las_mm.ops import bottleneck
-from las_mm.ops.bottleneck import BottleneckPack
+from las_mm.ops.bottleneck_pack import BottleneckPack
 from las_mm.ops.convolution import convolve, empty_map, expand
 from las_mm.ops.library import register
 from las_mm.ops.masks import check_channel_mask, check_kind, check_map, check_vector

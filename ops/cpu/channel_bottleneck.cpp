@@ -79,7 +79,7 @@ void run_channels(const at::Tensor& x, const Arguments& a, const Shape& all,
 
 struct ChannelCall {
   ChannelCall(const at::Tensor& x, Arguments arguments, const at::Tensor& channel_mask,
-       Optional<std::vector<at::Tensor>> channel_constants)
+              Optional<std::vector<at::Tensor>> channel_constants)
       : a(std::move(arguments)), s(check(x, a)) {
     check_channels(channel_mask, channel_constants, x, s);
     TORCH_CHECK_VALUE(!channel_constants || !a.excitation,

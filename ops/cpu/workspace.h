@@ -76,6 +76,7 @@ inline bf16* mutable_values(const at::Tensor& x, bf16) {
   return reinterpret_cast<bf16*>(x.mutable_data_ptr<at::BFloat16>());
 }
 
+// Conversion to the type of the features, rounded to nearest.
 inline void assign(float value, float& out) { out = value; }
 inline void assign(float value, bf16& out) { out.bits = c10::BFloat16(value).x; }
 

@@ -1,6 +1,7 @@
 """The sparse path computes what the modules say, or does not run, whatever anyone puts in there."""
 
 import types
+from collections import OrderedDict
 from contextlib import contextmanager
 
 import pytest
@@ -519,6 +520,23 @@ def test_recent_forgets_the_oldest():
     for key in (1, 2, 1, 3, 2):
         recent.get(key, lambda key=key: made.append(key))
     assert made == [1, 2, 3, 2] and len(recent) == 2
+
+
+def test_recent_makes_anew_what_another_thread_drops():
+    class Dropping(OrderedDict):
+        def __contains__(self, key):
+            there = super().__contains__(key)
+            self.clear()
+            return there
+
+        def move_to_end(self, key, last=True):
+            self.clear()
+            super().move_to_end(key, last)
+
+    recent = Recent(2)
+    recent.get(1, lambda: "first")
+    recent._values = Dropping(recent._values)
+    assert recent.get(1, lambda: "second") == "second"
 
 
 def test_dynamically_quantised_maskers():

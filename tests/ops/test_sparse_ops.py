@@ -676,26 +676,21 @@ for level in sys.argv[2:]:
 
 @needs_isa
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_instruction_sets_that_the_cpu_lacks():
-    lacking = ["mmx", *[name for name in LEVELS if name not in levels_of_this_cpu()]]
+def test_instruction_sets_by_name():
+    levels = levels_of_this_cpu()
+    lacking = ["mmx", *(name for name in LEVELS if name not in levels)]
+    library = sys.modules["las_mm._C"].__file__
     run = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            ASK_FOR_LEVELS,
-            sys.modules["las_mm._C"].__file__,
-            *lacking,
-            "generic",
-        ],
+        [sys.executable, "-c", ASK_FOR_LEVELS, library, *lacking, *levels],
         env={key: value for key, value in os.environ.items() if key != "LAS_MM_CPU_ISA"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    *refusals, last = run.stdout.splitlines()
-    assert last == "ran generic", run.stderr
-    assert [line.split(" refused ")[0] for line in refusals] == lacking
-    assert all("LAS_MM_CPU_ISA" in line.split(" refused ")[1] for line in refusals)
+    answers = run.stdout.splitlines()
+    assert answers[len(lacking) :] == [f"ran {name}" for name in levels], run.stderr
+    for name, answer in zip(lacking, answers):
+        assert answer.startswith(f"{name} refused ") and "LAS_MM_CPU_ISA" in answer
 
 
 NCHW = pytest.mark.parametrize("shape", [(0, 3, 2, 2), (1, 1, 1, 1), (2, 17, 9, 15), (3, 64, 8, 8)])

@@ -130,10 +130,10 @@ class SparseBlock:
 
 
 def leave(block: nn.Module, name: str, value: object) -> None:
-    """Set an attribute that holds no tensor of its own accord, for every block of every image.
+    """Set an attribute of a block that is no parameter, buffer or module.
 
-    ``nn.Module.__setattr__`` first looks for parameters and modules, 3 us. torch.compile knows no
-    other way.
+    ``nn.Module.__setattr__`` looks for these first, 3 us for every block of every image.
+    torch.compile knows no other way.
     """
     if compat.is_compiling():
         setattr(block, name, value)

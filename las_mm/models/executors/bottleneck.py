@@ -151,11 +151,10 @@ class SparseBottleneck(SparseBlock):
 
     def _chosen(self, block: nn.Module, x: Tensor) -> ops.BottleneckPack:
         """The arguments of the form for inputs like ``x``."""
-        choice, last = self.plan(block, x), self._last
-        if not compat.is_compiling() and last is not None:
-            if last[0] is choice and last[1] is self.pack:
-                return last[2]
-        pack = self.pack
+        choice, pack = self.plan(block, x), self.pack
+        last = None if compat.is_compiling() else self._last
+        if last is not None and last[0] is choice and last[1] is pack:
+            return last[2]
         chosen = ops.BottleneckPack(  # not _replace, which torch.compile of torch 2.1 cannot read
             pack.weights,
             [block.checked(pack.biases[0], x), *pack.biases[1:]],
